@@ -58,17 +58,17 @@ class Block:
             named[:0] = [1] * (rank - len(named))
         if len(named) != rank:
             raise ShapeError(f"Block {self} names {len(named)} dimensions, but the tensor has shape {tuple(shape)}.")
-        return tuple(max(int(n), 1) if b == -1 else max(min(int(b), int(n)), 1) for b, n in zip(named, shape, strict=True))
+        return tuple(max(n, 1) if b == -1 else max(min(int(b), n), 1) for b, n in zip(named, shape, strict=True))
 
     def grid(self, shape: Sequence[int]) -> tuple[int, ...]:
         """Return the number of blocks in each dimension: the shape of the scales. `[...]` gives a scalar's shape."""
         if self.whole:
             return ()
-        return tuple(-(-int(n) // b) for n, b in zip(shape, self.sizes(shape), strict=True))
+        return tuple(-(-n // b) for n, b in zip(shape, self.sizes(shape), strict=True))
 
     def ragged(self, shape: Sequence[int]) -> bool:
         """Whether some dimension is not a multiple of its block."""
-        return any(int(n) % b for n, b in zip(shape, self.sizes(shape), strict=True))
+        return any(n % b for n, b in zip(shape, self.sizes(shape), strict=True))
 
     def __str__(self) -> str:
         return "[" + ",".join(str(d) for d in self.dims) + "]"

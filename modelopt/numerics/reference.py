@@ -201,37 +201,46 @@ def e8m0_values(codes: Tensor) -> Tensor:
     return torch.where(wide == _E8M0_NAN, 0x7FC00000, bits).view(torch.float32)
 
 
-def resolve_range(
-    x: Tensor, fmt: Format, amax: Tensor | None, global_amax: Tensor | None, amin: Tensor | None
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return (amax, global amax, amin) in the grid's shape, reading from `x` what is not given.
+def given_range(
+    shape: torch.Size, fmt: Format, amax: Tensor | None, global_amax: Tensor | None, amin: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Check ranges that were measured before and return them as float32 in the grid's shape; None stays None.
 
     For a dynamic two-level format a lone `amax` of one element is the tensor-wide one. Raises ShapeError on a wrong count.
     """
-    grid = fmt.grid(x.shape)
+    grid = fmt.grid(shape)
     if fmt.dynamic and fmt.needs_global and amax is not None and global_amax is None:
         amax, global_amax = None, amax
     if global_amax is not None:
         if global_amax.numel() != 1:
             raise ShapeError(f"{fmt}: the tensor-wide amax must have one element, got shape {tuple(global_amax.shape)}.")
         global_amax = global_amax.float().reshape(())
+    for name, value in (("amax", amax), ("amin", amin)):
+        if value is not None and value.numel() != math.prod(grid):
+            raise ShapeError(f"{fmt} has scales of shape {grid} for a tensor of {tuple(shape)}; {name} has {tuple(value.shape)}.")
     if amax is not None:
-        if amax.numel() != math.prod(grid):
-            raise ShapeError(
-                f"{fmt} has scales of shape {grid} for a tensor of shape {tuple(x.shape)}; amax has {tuple(amax.shape)}."
-            )
         amax = amax.float().reshape(grid)
-        return amax, global_amax, None if amin is None else amin.float().reshape(grid)
+    return amax, global_amax, None if amin is None else amin.float().reshape(grid)
+
+
+def find_range(
+    x: Tensor, fmt: Format, amax: Tensor | None, global_amax: Tensor | None, amin: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return (amax, global amax, amin) as `given_range` does, reading from `x` the block ranges that are not given."""
+    amax, global_amax, amin = given_range(x.shape, fmt, amax, global_amax, amin)
+    if amax is not None:
+        return amax, global_amax, amin
     if fmt.zero is not None:
         lo, hi = block_range(x, fmt)
         return hi, None, lo
     amax = block_amax(x, fmt)
     if fmt.rule == "46":
-        amax = _four_over_six(x, fmt, amax, global_amax)
+        amax = four_over_six(x, fmt, amax, global_amax)
     return amax, global_amax, None
 
 
-def _four_over_six(x: Tensor, fmt: Format, amax: Tensor, given: Tensor | None) -> Tensor:
+def four_over_six(x: Tensor, fmt: Format, amax: Tensor, given: Tensor | None) -> Tensor:
+    """Return for each block `amax` or 1.5 `amax`, whichever leaves the smaller squared error of `x` (rule 46)."""
     tensor_amax = block_amax(amax, fmt.scale) if given is None and isinstance(fmt.scale, Format) else given
     errors = []
     for factor in (1.0, 1.5):
@@ -243,10 +252,11 @@ def _four_over_six(x: Tensor, fmt: Format, amax: Tensor, given: Tensor | None) -
 
 def apply_scales(x: Tensor, scales: Scales, fmt: Format) -> Tensor:
     """Return the float32 values to which float32 `x` is rounded under `scales`."""
-    return _dequantize_blocks(*_quantize_blocks(x, scales, fmt), fmt, x.shape)
+    return _dequantize_blocks(*quantize_blocks(x, scales, fmt), fmt, x.shape)
 
 
-def _quantize_blocks(x: Tensor, scales: Scales, fmt: Format) -> tuple[Tensor, Tensor, Tensor | None]:
+def quantize_blocks(x: Tensor, scales: Scales, fmt: Format) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return (code values, scale, zero point) in blocks [g0, b0, g1, b1, ...] for float32 `x`."""
     shape = x.shape if x.dim() else (1,)
     sizes = fmt.block.sizes(shape)
     grid = [-(-n // b) for n, b in zip(shape, sizes, strict=True)]
@@ -284,7 +294,7 @@ def find_scales(
     if x.numel() == 0:
         zeros = torch.zeros(fmt.grid(x.shape), device=x.device)
         return compute_scales(zeros, fmt, torch.zeros((), device=x.device) if fmt.needs_global else None)
-    amax, global_amax, amin = resolve_range(x, fmt, amax, global_amax, amin)
+    amax, global_amax, amin = find_range(x, fmt, amax, global_amax, amin)
     return compute_scales(amax, fmt, global_amax, amin)
 
 
@@ -296,7 +306,7 @@ def quantize(
     scales = find_scales(x, fmt, amax, global_amax, amin)
     shape = x.shape if x.dim() else torch.Size((1,))
     if x.numel():
-        values = from_blocks(_quantize_blocks(x.float(), scales, fmt)[0], shape)
+        values = from_blocks(quantize_blocks(x.float(), scales, fmt)[0], shape)
         codes = fmt.element.encode(values)
     else:
         codes = torch.zeros(shape, dtype=torch.uint8, device=x.device)

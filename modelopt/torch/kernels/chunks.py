@@ -1,0 +1,122 @@
+"""Large tensors in pieces that stay in a core's cache: the law applied chunk by chunk, with the same result.
+
+A tensor is first brought to its canonical shape (`numerics.blocks.canonical`), then cut along its first dimension at block
+borders. Temporary memory is a few chunks instead of a few copies of the tensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from modelopt.numerics import Format, Scales
+from modelopt.numerics import reference as law
+from modelopt.numerics.blocks import Block, canonical, from_blocks, spread
+
+CHUNK = 1 << 18  # elements: 1 MiB of float32
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A tensor in canonical shape and how to cut it: `fmt` has the canonical block, `rows` the rows of one chunk."""
+
+    x: Tensor
+    fmt: Format
+    rows: int
+    split: bool  # whether the first dimension is made of several blocks (else one block spans it)
+
+    def slices(self) -> Iterator[tuple[slice, slice]]:
+        """Yield (rows of the tensor, rows of the grid) of each chunk."""
+        block = self.fmt.block.sizes(self.x.shape)[0]
+        for start in range(0, self.x.shape[0], self.rows):
+            stop = min(start + self.rows, self.x.shape[0])
+            yield slice(start, stop), slice(start // block, -(-stop // block)) if self.split else slice(0, 1)
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """The grid of the canonical shape."""
+        return tuple(-(-n // b) for n, b in zip(self.x.shape, self.fmt.block.sizes(self.x.shape), strict=True))
+
+
+def plan(x: Tensor, fmt: Format) -> Plan:
+    """Return the chunks of `x` (not empty) under `fmt`."""
+    shape, sizes = canonical(tuple(x.shape), fmt.block.sizes(x.shape)) if x.dim() else ((1,), (1,))
+    flat = x.reshape(shape)
+    row = max(flat.numel() // shape[0], 1)
+    split = sizes[0] < shape[0] or shape[0] == 1
+    unit = sizes[0] if split else 1
+    rows = max(CHUNK // row // unit, 1) * unit
+    return Plan(flat, fmt.with_(block=Block(sizes)), rows, split)
+
+
+def chunked_amax(p: Plan) -> Tensor:
+    """Return the amax of each block, float32, in the canonical grid."""
+    out = torch.zeros(p.grid, dtype=torch.float32, device=p.x.device)
+    for rows, grid in p.slices():
+        part = law.block_amax(p.x[rows], _fitted(p, rows))
+        out[grid] = part if p.split else torch.maximum(out[grid], part.reshape(out[grid].shape))
+    return out
+
+
+def _fitted(p: Plan, rows: slice) -> Format:
+    if p.split:
+        return p.fmt
+    return p.fmt.with_(block=Block((rows.stop - rows.start, *p.fmt.block.dims[1:])))
+
+
+def find_scales(x: Tensor, fmt: Format, amax: Tensor | None, global_amax: Tensor | None, amin: Tensor | None) -> Scales:
+    """Return `reference.find_scales` of `x` (not empty), reading `x` chunk by chunk where a range is not given."""
+    amax, global_amax, amin = law.given_range(x.shape, fmt, amax, global_amax, amin)
+    if amax is None:
+        p = plan(x, fmt)
+        if fmt.zero is not None:
+            lo, hi = law.block_range(p.x, p.fmt)
+            amax, amin = hi.reshape(fmt.grid(x.shape)), lo.reshape(fmt.grid(x.shape))
+        else:
+            amax = chunked_amax(p)
+            if fmt.rule == "46":
+                amax = _four_over_six(p, amax, global_amax)
+            amax = amax.reshape(fmt.grid(x.shape))
+    return law.compute_scales(amax, fmt, global_amax, amin)
+
+
+def _four_over_six(p: Plan, amax: Tensor, global_amax: Tensor | None) -> Tensor:
+    tensor_amax = amax.amax() if global_amax is None else global_amax
+    if not p.split:
+        return law.four_over_six(p.x, p.fmt, amax, tensor_amax)
+    return torch.cat([law.four_over_six(p.x[rows], p.fmt, amax[grid], tensor_amax) for rows, grid in p.slices()])
+
+
+def chunked_fake_quantize(x: Tensor, fmt: Format, scales: Scales) -> Tensor:
+    """Return `x` (not empty) rounded under `scales`, in its dtype and shape, contiguous."""
+    p = plan(x, fmt)
+    out = torch.empty(p.x.shape, dtype=x.dtype, device=x.device)
+    effective = scales.effective.reshape(p.grid)
+    zero = None if scales.zero is None else scales.zero.reshape(p.grid)
+    for rows, grid in p.slices():
+        part = Scales(effective[grid], (), None if zero is None else zero[grid])
+        out[rows] = law.apply_scales(p.x[rows].float(), part, _fitted(p, rows))
+    return out.reshape(x.shape)
+
+
+def within(p: Plan, rows: slice, low: Tensor, high: Tensor) -> Tensor:
+    """Return where low <= x <= high holds in the chunk `rows`; the bounds have one value per block of the chunk."""
+    x = p.x[rows].float()
+    block = _fitted(p, rows).block
+    return (x >= spread(low, block, x.shape)) & (x <= spread(high, block, x.shape))
+
+
+def chunked_codes(x: Tensor, fmt: Format, scales: Scales) -> Tensor:
+    """Return the raw codes (uint8, one per element) of `x` (not empty) under `scales`, in the canonical shape."""
+    p = plan(x, fmt)
+    out = torch.empty(p.x.shape, dtype=torch.uint8, device=x.device)
+    effective = scales.effective.reshape(p.grid)
+    zero = None if scales.zero is None else scales.zero.reshape(p.grid)
+    for rows, grid in p.slices():
+        part = Scales(effective[grid], (), None if zero is None else zero[grid])
+        blocks = law.quantize_blocks(p.x[rows].float(), part, _fitted(p, rows))[0]
+        out[rows] = fmt.element.encode(from_blocks(blocks, p.x[rows].shape))
+    return out
