@@ -235,13 +235,13 @@ def find_range(
         return hi, None, lo
     amax = block_amax(x, fmt)
     if fmt.rule == "46":
+        global_amax = amax.amax() if global_amax is None else global_amax
         amax = four_over_six(x, fmt, amax, global_amax)
     return amax, global_amax, None
 
 
-def four_over_six(x: Tensor, fmt: Format, amax: Tensor, given: Tensor | None) -> Tensor:
+def four_over_six(x: Tensor, fmt: Format, amax: Tensor, tensor_amax: Tensor) -> Tensor:
     """Return for each block `amax` or 1.5 `amax`, whichever leaves the smaller squared error of `x` (rule 46)."""
-    tensor_amax = block_amax(amax, fmt.scale) if given is None and isinstance(fmt.scale, Format) else given
     errors = []
     for factor in (1.0, 1.5):
         values = apply_scales(x.float(), compute_scales(amax * factor, fmt, tensor_amax), fmt)
@@ -310,7 +310,7 @@ def quantize(
         codes = fmt.element.encode(values)
     else:
         codes = torch.zeros(shape, dtype=torch.uint8, device=x.device)
-    zero = None if scales.zero is None else fmt.element.encode(scales.zero).view(fmt.element.dtype)
+    zero = None if scales.zero is None else scales.zero.to(fmt.element.dtype)
     return Quantized(packing.pack_bits(codes, fmt.element.bits), scales.stored, fmt, x.shape, x.dtype, zero)
 
 

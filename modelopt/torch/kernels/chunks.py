@@ -78,13 +78,13 @@ def find_scales(x: Tensor, fmt: Format, amax: Tensor | None, global_amax: Tensor
         else:
             amax = chunked_amax(p)
             if fmt.rule == "46":
+                global_amax = amax.amax() if global_amax is None else global_amax
                 amax = _four_over_six(p, amax, global_amax)
             amax = amax.reshape(fmt.grid(x.shape))
     return law.compute_scales(amax, fmt, global_amax, amin)
 
 
-def _four_over_six(p: Plan, amax: Tensor, global_amax: Tensor | None) -> Tensor:
-    tensor_amax = amax.amax() if global_amax is None else global_amax
+def _four_over_six(p: Plan, amax: Tensor, tensor_amax: Tensor) -> Tensor:
     if not p.split:
         return law.four_over_six(p.x, p.fmt, amax, tensor_amax)
     return torch.cat([law.four_over_six(p.x[rows], p.fmt, amax[grid], tensor_amax) for rows, grid in p.slices()])

@@ -20,5 +20,5 @@ def quantize(
     codes = chunks.chunked_codes(x, fmt, scales)
     parts = [packing.pack_bits(codes.reshape(x.shape or (1,)), fmt.element.bits), *scales.stored]
     if scales.zero is not None:
-        parts.append(fmt.element.encode(scales.zero).view(fmt.element.dtype))
+        parts.append(scales.zero.to(fmt.element.dtype))
     return parts
