@@ -39,9 +39,8 @@ class Replay:
     state: dict[str, Any]
 
 
-def _step_json(step: Step, order: bool) -> dict[str, Any]:
-    data = {"mode": step.mode, "config": step.config, "state": step.state}
-    return {**data, "order": step.order} if order else data
+def _step_json(step: Step) -> dict[str, Any]:
+    return {"mode": step.mode, "config": step.config, "state": step.state}
 
 
 def modelopt_state(model: nn.Module) -> dict[str, Any]:
@@ -50,15 +49,14 @@ def modelopt_state(model: nn.Module) -> dict[str, Any]:
     The states are read from the model now, so that what happened after a step (calibration, for instance) is in them.
     """
     inner = unwrap_model(model)
-    nested = nested_histories(inner)
-    for path in nested:
-        refresh(get_submodule(inner, path))
-    nested = nested_histories(inner)
-    return {
-        "modelopt_version": modelopt.__version__,
-        "steps": [_step_json(s, bool(nested)) for s in refresh(inner)],
-        "nested": {path: [_step_json(s, True) for s in steps] for path, steps in nested.items()},
-    }
+    steps = refresh(inner)
+    nested = {path: refresh(get_submodule(inner, path)) for path in nested_histories(inner)}
+    state = {"modelopt_version": modelopt.__version__, "steps": [_step_json(s) for s in steps], "nested": {}}
+    if not nested:
+        return state
+    ranks = {order: i for i, order in enumerate(sorted(s.order for h in [steps, *nested.values()] for s in h))}
+    ordered = {path: [{**_step_json(s), "order": ranks[s.order]} for s in h] for path, h in {"": steps, **nested}.items()}
+    return {**state, "steps": ordered.pop(""), "nested": ordered}
 
 
 def parse_state(state: Any, registry: Any = None, where: str = "modelopt_state") -> list[Replay]:

@@ -76,7 +76,16 @@ class ModeTable(Registry[type[Mode]]):
         return self.get(name)
 
 
-ModeRegistry = ModeTable("mode", quantize="modelopt.torch.quantization.mode:QuantizeMode")
+_QUANTIZATION = "modelopt.torch.quantization.mode"
+ModeRegistry = ModeTable(
+    "mode",
+    quantize=f"{_QUANTIZATION}:QuantizeMode",
+    calibrate=f"{_QUANTIZATION}:CalibrateMode",
+    compress=f"{_QUANTIZATION}:CompressMode",
+    max_calibrate=f"{_QUANTIZATION}:MaxCalibrateMode",
+    mse_calibrate=f"{_QUANTIZATION}:MSECalibrateMode",
+    _no_calibrate=f"{_QUANTIZATION}:NoCalibrateMode",
+)
 
 
 @dataclass(frozen=True)

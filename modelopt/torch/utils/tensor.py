@@ -32,5 +32,5 @@ def digest(tensor: Tensor) -> str:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     h = hashlib.sha256(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
     if flat.numel():
-        h.update(memoryview(flat.view(torch.uint8).numpy()))
+        h.update(flat.view(torch.uint8).numpy().data)
     return h.hexdigest()
