@@ -11,8 +11,9 @@
 A float element with E and M bits has bias 2^(E-1) - 1 and represents (-1)^s 2^(max(e,1) - bias) (m/2^M + [e > 0]).
 e4m3 is the "fn" variant (no infinity, NaN is all ones, maximum 448); e5m2 is IEEE (maximum 57344); the others are finite.
 
-Cast rule: round to nearest, ties to the even multiple of the spacing (the even code; e3m0, with no mantissa: up); values beyond the range (infinities too) go to the nearest finite value;
-NaN stays NaN. NF4: the nearest value of the table, a tie goes to the lower one. Integers have no negative zero.
+Cast rule: round to nearest, ties to the even multiple of the spacing (the even code; e3m0, which has no mantissa: up); values
+beyond the range (infinities too) go to the nearest finite value; NaN stays NaN. NF4: the nearest value of the table, a tie goes
+to the lower one. Integers have no negative zero.
 
 Sources: OCP 8-bit Floating Point Specification 1.0; OCP Microscaling Formats 1.0 (sections 5 and 6); NF4: QLoRA (2305.14314).
 """

@@ -19,7 +19,7 @@ import functools
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from modelopt.core.errors import FormatError, did_you_mean
@@ -43,6 +43,7 @@ class Format:
     zero: Element | None = None
     rule: str = ""
     dynamic: bool = False
+    text: str = field(init=False, repr=False, compare=False, default="")
 
     def __post_init__(self) -> None:
         if self.element.scale_only:
@@ -62,6 +63,7 @@ class Format:
             raise FormatError(
                 f"A zero point needs an integer element with one scale and the same type; got {self.zero} for {self.element}."
             )
+        object.__setattr__(self, "text", self._notation())  # made once: compiled graphs only read it
 
     def _check_inner(self, inner: Format) -> None:
         if inner.zero is not None or inner.dynamic or isinstance(inner.scale, Format) or inner.rule != "nearest":
@@ -142,6 +144,9 @@ class Format:
         return bits / count
 
     def __str__(self) -> str:
+        return self.text
+
+    def _notation(self) -> str:
         head = f"{self.element}{self.block}{'~' if self.dynamic else ''}*"
         rule = "" if self.rule == self._allowed_rules()[0] else f":{self.rule}"
         if isinstance(self.scale, Format):

@@ -32,7 +32,9 @@ def neighbourhoods(name: str) -> torch.Tensor:
     """Every value, every midpoint, and the floats just above and below each of them; small and random values; -0."""
     grid = grid_of(name).double()
     points = torch.cat([grid, (grid[1:] + grid[:-1]) / 2]).float()
-    around = torch.cat([points, torch.nextafter(points, torch.tensor(float("inf"))), torch.nextafter(points, -torch.tensor(float("inf")))])
+    around = torch.cat(
+        [points, torch.nextafter(points, torch.tensor(float("inf"))), torch.nextafter(points, -torch.tensor(float("inf")))]
+    )
     generator = torch.Generator().manual_seed(0)
     spread = torch.randn(20000, generator=generator) * torch.exp2(torch.randint(-24, 10, (20000,), generator=generator).float())
     tiny = torch.tensor([0.0, -0.0, 1e-45, -1e-45, 2.0**-126, 2.0**-149])
@@ -112,7 +114,19 @@ def test_values_beyond_the_range_saturate_and_nan_stays_nan(name):
 
 
 def test_published_maxima():
-    expected = {"e4m3": 448, "e5m2": 57344, "e3m2": 28, "e2m3": 7.5, "e2m1": 6, "e1m2": 3.5, "e3m0": 16, "i8": 127, "i4": 7, "u4": 15, "i8n": 127}
+    expected = {
+        "e4m3": 448,
+        "e5m2": 57344,
+        "e3m2": 28,
+        "e2m3": 7.5,
+        "e2m1": 6,
+        "e1m2": 3.5,
+        "e3m0": 16,
+        "i8": 127,
+        "i4": 7,
+        "u4": 15,
+        "i8n": 127,
+    }
     assert {n: element(n).max for n in expected} == expected
     assert element("i8n").min == -127 and element("i8").min == -128
     assert grid_of("e2m1")[grid_of("e2m1") >= 0].tolist() == [0, 0.5, 1, 1.5, 2, 3, 4, 6]

@@ -13,8 +13,10 @@ from modelopt.numerics.elements import ELEMENT_NAMES
 
 VALUES = [n for n in ELEMENT_NAMES if not element(n).scale_only]
 dims = st.one_of(st.integers(1, 4096), st.just(-1))
-blocks = st.tuples(st.lists(dims, max_size=3), st.booleans(), st.integers(0, 3)).filter(lambda t: t[0] or t[1]).map(
-    lambda t: Block(tuple([*t[0][: t[2]], "...", *t[0][t[2] :]] if t[1] else t[0]))
+blocks = (
+    st.tuples(st.lists(dims, max_size=3), st.booleans(), st.integers(0, 3))
+    .filter(lambda t: t[0] or t[1])
+    .map(lambda t: Block(tuple([*t[0][: t[2]], "...", *t[0][t[2] :]] if t[1] else t[0])))
 )
 
 

@@ -28,7 +28,9 @@ def test_pack_is_a_little_endian_bit_stream_and_unpack_its_inverse(bits, shape):
 
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_equals_the_int32_words_of_compressed_tensors(bits):
-    helpers = pytest.importorskip("compressed_tensors.compressors.pack_quantized.helpers", reason="compressed-tensors is not installed")
+    helpers = pytest.importorskip(
+        "compressed_tensors.compressors.pack_quantized.helpers", reason="compressed-tensors is not installed"
+    )
     codes = torch.randint(0, 2**bits, (6, 96), dtype=torch.uint8)
     signed = (codes.to(torch.int16) - 2 ** (bits - 1)).to(torch.int8)
     theirs = helpers.pack_to_int32(signed, bits)

@@ -11,14 +11,14 @@ from modelopt.core.errors import FormatError, ShapeError
 from modelopt.numerics import element, parse
 from modelopt.numerics import reference as law
 
-EVERY = [
-    "e4m3[...]*f32", "e5m2[...]*f32", "i8[...]*f32", "i8[1,...]*f32", "i8[-1,1,...]*f32", "i8[...,1]*f32", "i8[-1]~*f32", "i8n[1,...]*f32",
-    "u8[...]*f32", "i7[32]*f16", "i6[32]*bf16", "i5[32]*f32", "i4[128]*f32", "i4[64]*bf16", "i3[50]*f32", "i2[16]*f16", "u1[8]*f32",
-    "u4[64]*f16+u4", "u8[1,...]*f32+u8", "i4[32]*f32+i4", "u2[16]*f32+u2", "e2m1[16]~*e4m3[...]*f32", "e2m1[16]*e4m3[...]*f32",
-    "e2m1[16]*e4m3:46[...]*f32", "e2m1[32]~*e4m3:fp8[...]*f32", "e2m1[16]*e4m3", "e2m1[32]~*e8m0", "e2m1[32]~*e8m0:floor",
-    "e2m1[32]~*e8m0:nearest", "e3m2[32]~*e8m0", "e2m3[32]~*e8m0", "e4m3[32]~*e8m0", "e5m2[32]~*e8m0", "i8[32]~*e8m0", "i8[32]~*e8m0:floor",
-    "e1m2[32]*e8m0", "e3m0[32]*e8m0", "e0m3[32]*e8m0", "nf4[64]*f32", "nf4[64]*i8[256]*f32", "e4m3[128,128]*f32", "e4m3[5,7]*f32",
-]  # fmt: skip
+EVERY = """
+    e4m3[...]*f32 e5m2[...]*f32 i8[...]*f32 i8[1,...]*f32 i8[-1,1,...]*f32 i8[...,1]*f32 i8[-1]~*f32 i8n[1,...]*f32
+    u8[...]*f32 i7[32]*f16 i6[32]*bf16 i5[32]*f32 i4[128]*f32 i4[64]*bf16 i3[50]*f32 i2[16]*f16 u1[8]*f32
+    u4[64]*f16+u4 u8[1,...]*f32+u8 i4[32]*f32+i4 u2[16]*f32+u2 e2m1[16]~*e4m3[...]*f32 e2m1[16]*e4m3[...]*f32
+    e2m1[16]*e4m3:46[...]*f32 e2m1[32]~*e4m3:fp8[...]*f32 e2m1[16]*e4m3 e2m1[32]~*e8m0 e2m1[32]~*e8m0:floor
+    e2m1[32]~*e8m0:nearest e3m2[32]~*e8m0 e2m3[32]~*e8m0 e4m3[32]~*e8m0 e5m2[32]~*e8m0 i8[32]~*e8m0 i8[32]~*e8m0:floor
+    e1m2[32]*e8m0 e3m0[32]*e8m0 e0m3[32]*e8m0 nf4[64]*f32 nf4[64]*i8[256]*f32 e4m3[128,128]*f32 e4m3[5,7]*f32
+""".split()
 SHAPES = [(7, 200), (3, 5, 64), (256,), (1,), (0, 4), (1, 1), (2, 3, 4, 5)]
 
 
@@ -61,7 +61,9 @@ def test_zeros_stay_zero_with_positive_scales_and_nan_is_never_hidden(text):
     x[1, 3] = float("nan")
     y = law.fake_quantize(x, fmt)
     assert y[1, 3].isnan()
-    given = None if fmt.dynamic and not fmt.needs_global else law.find_scales(torch.randn(4, 128), fmt).effective * fmt.element.max
+    given = (
+        None if fmt.dynamic and not fmt.needs_global else law.find_scales(torch.randn(4, 128), fmt).effective * fmt.element.max
+    )
     if given is not None and fmt.zero is None and not fmt.is_two_level:
         assert law.fake_quantize(x, fmt, amax=given)[1, 3].isnan()
 
@@ -111,7 +113,12 @@ def test_mx_exponent_limits():
     x[1, 0], x[2, 0], x[3, 0] = 1e-45, 3e38, float("inf")
     codes = law.quantize(x, fmt).scales[0][:, 0]
     assert codes.tolist()[0] == 0 and 0 <= codes[1] <= 1 and codes[2] == 253 and codes[3] == 255
-    assert law.e8m0_values(torch.tensor([0, 1, 127, 254, 255], dtype=torch.uint8)).tolist()[:4] == [2.0**-127, 2.0**-126, 1.0, 2.0**127]
+    assert law.e8m0_values(torch.tensor([0, 1, 127, 254, 255], dtype=torch.uint8)).tolist()[:4] == [
+        2.0**-127,
+        2.0**-126,
+        1.0,
+        2.0**127,
+    ]
 
 
 def test_four_over_six_is_never_worse_and_sometimes_better():
@@ -136,7 +143,9 @@ def test_zero_points_by_hand():
 
 
 def test_compressed_tensors_decompresses_our_groups_to_our_values():
-    forward = pytest.importorskip("compressed_tensors.quantization.lifecycle.forward", reason="compressed-tensors is not installed")
+    forward = pytest.importorskip(
+        "compressed_tensors.quantization.lifecycle.forward", reason="compressed-tensors is not installed"
+    )
     from compressed_tensors.quantization import QuantizationArgs
 
     x = torch.randn(64, 256)

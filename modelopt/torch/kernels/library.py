@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +26,6 @@ def autograd(name: str, backward: Callable[..., Any], setup_context: Callable[..
     torch.library.register_autograd(f"{NAMESPACE}::{name}", backward, setup_context=setup_context, lib=_LIBRARY)
 
 
-@functools.lru_cache(maxsize=1024)
 def notation(fmt: Format | str) -> str:
     """Return the string by which a format travels."""
-    return str(fmt)
+    return fmt if isinstance(fmt, str) else fmt.text
