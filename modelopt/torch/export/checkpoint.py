@@ -24,8 +24,7 @@ from modelopt.numerics.reference import Quantized, quantize
 class Deferred:
     """A weight [.., N, K] and what is needed to quantize it: `amax` for static ranges, `global_amax` for two-level scales.
 
-    `index` picks one matrix of a fused expert tensor [E, .., ..], `rows` some of its rows (gate or up), and `transposed`
-    says that the tensor is stored [in, out].
+    `amin` belongs to formats with a zero point.
     """
 
     tensor: Tensor
@@ -96,7 +95,11 @@ class KVRecord:
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """A quantized model as values. `==` compares what a file can hold: packed codes, scales, tensors and formats."""
+    """A quantized model as values. `==` compares what a file can hold: packed codes, scales, tensors and formats.
+
+    `unquantized` are matrices left in full precision, `unsupported` quantizers that no file can hold, `tied` second names of
+    tensors, `cast` the dtype in which `tensors` are to be written (None: their own), `history` the model's `modelopt_state`.
+    """
 
     layers: Mapping[str, LayerRecord]
     tensors: Mapping[str, Tensor]
@@ -105,9 +108,11 @@ class Checkpoint:
     history: tuple[Mapping[str, Any], ...] = ()
     shared_inputs: tuple[tuple[str, ...], ...] = ()
     unquantized: tuple[str, ...] = ()
+    unsupported: tuple[str, ...] = ()
     tied: Mapping[str, str] = field(default_factory=dict)
     source: Path | None = None
     dtype: torch.dtype = torch.float32
+    cast: torch.dtype | None = None
 
     def replace(self, **changes: Any) -> Checkpoint:
         """Return a copy with some fields changed."""

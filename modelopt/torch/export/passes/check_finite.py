@@ -29,7 +29,7 @@ def check_quantized(name: str, q: Quantized) -> None:
 
 
 def check_finite(checkpoint: Checkpoint) -> Checkpoint:
-    """Check the scales that are known already: inputs, keys and values, pre-quant scales. Weights are checked as they are packed."""
+    """Check the scales that are known already: inputs, keys and values, pre-quant scales. Weights are checked when packed."""
     for record in checkpoint.records():
         if record.input_scale is not None:
             check_scale(f"{record.name}.input_scale", record.input_scale)

@@ -21,6 +21,6 @@ def round_scales(q: Quantized, dtype: torch.dtype) -> Quantized:
     if isinstance(q.format.scale, Format) or q.format.scale.name not in ("f32", "bf16", "f16"):
         return q
     rounded = q.scales[0].to(dtype)
-    if not bool((rounded.isfinite() & (rounded > 0)).all()):
+    if not rounded.is_meta and not bool((rounded.isfinite() & (rounded > 0)).all()):
         return q
     return replace(q, scales=(rounded,), format=q.format.with_(scale=element(_NAMES[dtype])))

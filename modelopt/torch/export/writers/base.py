@@ -55,6 +55,8 @@ class Writer:
 
     def why_not(self, checkpoint: Checkpoint) -> str | None:
         """Return the first reason why this layout cannot hold `checkpoint`, naming the layer, or None."""
+        if checkpoint.unsupported:
+            return f"{checkpoint.unsupported[0]} is enabled, and a checkpoint of weights has no place for it"
         for record in checkpoint.records():
             reason = self.why_not_layer(record)
             if reason is not None:
@@ -87,7 +89,8 @@ class Writer:
         progress(total, total, "export")
         for kv in checkpoint.kv.values():
             yield from self.encode_kv(kv, checkpoint).items()
-        yield from checkpoint.tensors.items()
+        for name, tensor in checkpoint.tensors.items():
+            yield name, tensor.to(checkpoint.cast) if checkpoint.cast is not None and tensor.is_floating_point() else tensor
 
     def layer_tensors(self, record: LayerRecord) -> Iterator[tuple[str, Tensor]]:
         """Yield the tensors of one layer with their full names. Raises ExportError that names the layer."""

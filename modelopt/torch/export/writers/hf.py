@@ -1,4 +1,4 @@
-"""Writer for the unified Hugging Face layout of NVIDIA ModelOpt (quant_method "modelopt"), which TensorRT-LLM, vLLM and SGLang load.
+"""Writer for the unified Hugging Face layout of NVIDIA ModelOpt (quant_method "modelopt"), read by TensorRT-LLM, vLLM, SGLang.
 
 | quant_algo                | weight            | weight_scale              | weight_scale_2    | input_scale |
 |---------------------------|-------------------|---------------------------|-------------------|-------------|
@@ -128,7 +128,7 @@ class HFWriter(Writer):
         return out
 
     def encode_kv(self, record: KVRecord, checkpoint: Checkpoint) -> dict[str, Tensor]:
-        """Return `k_proj.k_scale` and `v_proj.v_scale`, scalars; they are amax / 448, the layout's rule for FP8 and NVFP4 alike."""
+        """Return `k_proj.k_scale` and `v_proj.v_scale`, scalars: amax / 448, the layout's rule for FP8 and NVFP4 alike."""
         out = {}
         for key, scale in (("k", record.k_scale), ("v", record.v_scale)):
             if scale is not None:
@@ -158,6 +158,8 @@ class HFWriter(Writer):
 
 def kv_ratio(fmt: Any) -> float:
     """Return what turns our scale (amax / largest value of the format) into the layout's amax / 448."""
+    if fmt.element.kind == "int":
+        return 1.0
     top = fmt.element.max * (fmt.scale.element.max if fmt.is_two_level else 1.0)
     return top / KV_MAXIMUM
 

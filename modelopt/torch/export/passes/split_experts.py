@@ -1,0 +1,68 @@
+"""Fused experts [E, 2 I, H] become one record for each matrix of each expert, under the names that checkpoints use.
+
+    gate_up_proj[e] = concat(gate_proj of expert e, up_proj of expert e)        down_proj[e] = down_proj of expert e
+
+A range with one value per row or block is split with its rows; a range for the whole matrix serves both halves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, nn
+
+from modelopt.torch.export import huggingface
+from modelopt.torch.export.checkpoint import Deferred, LayerRecord
+
+_DEFAULT = {
+    "gate_up_proj": ("gate_proj", "up_proj"),
+    "gate_proj": ("gate_proj",),
+    "up_proj": ("up_proj",),
+    "down_proj": ("down_proj",),
+}
+
+
+def expert_records(
+    model: nn.Module, name: str, parameter: str, members: list[Any], make: Callable[[str, str, Any, Tensor], LayerRecord]
+) -> list[LayerRecord]:
+    """Return the records of a fused parameter; `members` are its quantized tensors, one for each expert, each [out, in]."""
+    parts = len(_DEFAULT.get(parameter, ("",)))
+    names = huggingface.expert_names(model, f"{name}.{parameter}", len(members), parts)
+    if names is None and parameter in _DEFAULT:
+        names = [[f"{name}.{e}.{part}" for part in _DEFAULT[parameter]] for e in range(len(members))]
+    records = []
+    for index, qt in enumerate(members):
+        whole = make(f"{name}.{index}", "Linear", qt, qt.tensor)
+        if names is None:
+            records.append(
+                replace(whole, name=f"{name}.{index}.{parameter}", note=f"{parameter} has no per-expert name in checkpoints")
+            )
+            continue
+        records += [replace(r, name=n) for r, n in zip(_split(whole, parts), names[index], strict=True)]
+    return records
+
+
+def _split(record: LayerRecord, parts: int) -> list[LayerRecord]:
+    if parts == 1:
+        return [record]
+    weight = record.weight
+    if not isinstance(weight, Deferred) or weight.shape[0] % parts:
+        return [replace(record, note="a fused expert that is packed already cannot be split")] * parts
+    rows = weight.shape[0] // parts
+    grid = weight.format.grid(weight.shape)
+    pieces = []
+    for part in range(parts):
+        tensor = weight.tensor[part * rows : (part + 1) * rows]
+        ranges = {key: _rows(getattr(weight, key), grid, part, parts) for key in ("amax", "amin")}
+        pieces.append(replace(record, weight=replace(weight, tensor=tensor, **ranges)))
+    return pieces
+
+
+def _rows(value: Tensor | None, grid: tuple[int, ...], part: int, parts: int) -> Tensor | None:
+    if value is None or not grid or value.numel() == 1:
+        return value
+    rows = value.reshape(grid)
+    size = grid[0] // parts
+    return rows[part * size : (part + 1) * size]

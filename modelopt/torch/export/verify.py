@@ -1,0 +1,244 @@
+"""Verification of an export by a consumer that is not ours: transformers with compressed-tensors.
+
+The directory is loaded afresh, run on token ids, and its logits are compared with those of the fake-quantized model:
+
+    weights   both without activation quantizers: what is in the files against what the model computes with
+    full      both with them
+
+Everything runs in float32, so that what is seen is the checkpoint and not the order of bf16 sums; the tolerance is the rounding
+of weights to the model's dtype. Dynamic INT8 and MX inputs are scaled by compressed-tensors in its own way (amax / 127.5, and
+another rounding of the power of two), so there only `weights` has to agree and `full` is reported.
+The hf layout is converted into compressed-tensors terms first: codes and block scales stay, global scales are inverted.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modelopt.core.errors import ExportError
+from modelopt.core.plugins import require
+from modelopt.torch.export import huggingface
+from modelopt.torch.export.checkpoint import Checkpoint, differences
+from modelopt.torch.export.files import write_json
+from modelopt.torch.export.readers import compressed_tensors as ct_reader
+from modelopt.torch.export.readers.model import load, read
+from modelopt.torch.export.schemes import Scheme, input_scheme
+from modelopt.torch.export.writers.compressed_tensors import CompressedTensorsWriter
+
+ULPS = 1  # of a global scale, which one layout stores as the reciprocal of the other's
+
+
+@dataclass(frozen=True)
+class VerifyResult:
+    """What the consumer computed against what was wanted. Differences are the largest of |logits - logits|."""
+
+    ok: bool
+    layout: str
+    reason: str
+    weights_difference: float | None = None
+    difference: float | None = None
+    tolerance: float | None = None
+    largest_logit: float | None = None
+    num_tokens: int = 0
+    inputs_comparable: bool = True
+    conversion: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        head = f"{'verified' if self.ok else 'FAILED'}: {self.layout}: {self.reason}"
+        if self.difference is None:
+            return head
+        numbers = f"{self.difference:.3g}, weights alone {self.weights_difference:.3g}, of {self.largest_logit:.3g}"
+        return f"{head} (largest difference {numbers})"
+
+
+def verify(directory: str | Path, model: nn.Module | None = None, input_ids: Tensor | None = None) -> VerifyResult:
+    """Load an exported directory in transformers + compressed-tensors and compare its logits.
+
+    Args:
+        directory: what `export` wrote, in either layout.
+        model: the fake-quantized model that was exported; None compares with our own reader's model of the directory.
+        input_ids: token ids [batch, tokens]; None takes 2 x 32 ids spread over the vocabulary.
+
+    Raises CheckpointError for files that cannot be read, MissingDependencyError without transformers and compressed-tensors.
+
+    >>> verify("out", model).ok    # doctest: +SKIP
+    True
+    """
+    require("transformers", "hf", "to verify an export")
+    require("compressed_tensors", "hf", "to verify an export")
+    directory = Path(directory)
+    checkpoint = read(directory)
+    if not checkpoint.config.get("architectures"):
+        return VerifyResult(False, "unknown", "config.json names no transformers architecture; only the files could be read")
+    layout = "compressed-tensors" if _is_compressed_tensors(directory) else "hf"
+    if layout == "compressed-tensors":
+        return _compare(directory, checkpoint, model, input_ids, layout, ())
+    writer = CompressedTensorsWriter()
+    reason = writer.why_not(checkpoint)
+    if reason is not None:
+        return _against_reader(
+            directory, model, input_ids, f"no counterpart in compressed-tensors ({reason}); read by our reader"
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        writer.write(checkpoint, Path(folder))
+        other = ct_reader.read(folder)
+        found = tuple(differences(checkpoint, _named_alike(other, checkpoint), ULPS))
+        result = _compare(Path(folder), checkpoint, model, input_ids, layout, found)
+        del other
+    return result
+
+
+def _is_compressed_tensors(directory: Path) -> bool:
+    from modelopt.torch.export.readers.files import read_json
+
+    quantization = read_json(directory / "config.json").get("quantization_config") or {}
+    return quantization.get("quant_method") == "compressed-tensors"
+
+
+def _named_alike(one: Checkpoint, other: Checkpoint) -> Checkpoint:
+    """Return `one` with the shapes and types in which the two layouts hold the same scales differently made the same."""
+    layers = {}
+    for name, record in one.layers.items():
+        twin = other.layers.get(name)
+        q, p = record.quantized(), None if twin is None else twin.quantized()
+        if q is not None and p is not None and q.scales[0].dtype in (torch.bfloat16, torch.float16):
+            # pack-quantized rounds its scales to the model's dtype, on purpose: compare after the same rounding
+            rounded = CompressedTensorsWriter().prepare(twin, p)
+            same = torch.equal(rounded.scales[0], q.scales[0])
+            scales = p.scales if same else q.scales
+            q = type(q)(q.codes, scales, p.format if same else q.format, q.shape, q.dtype, q.zero)
+            record = type(record)(**{**record.__dict__, "weight": q, "weight_format": q.format})
+        layers[name] = record
+    return one.replace(layers=layers)
+
+
+def _compare(
+    directory: Path, checkpoint: Checkpoint, model: nn.Module | None, ids: Tensor | None, layout: str, conversion: tuple[str, ...]
+) -> VerifyResult:
+    wanted = load(directory, mode="fake") if model is None else model
+    asymmetric = any(r.weight_format is not None and not r.weight_format.symmetric for r in checkpoint.records())
+    consumer = _consumer(directory, checkpoint, asymmetric)
+    ids = _default_ids(checkpoint) if ids is None else ids
+    comparable = all(_comparable(r.input_format) for r in checkpoint.records()) and not asymmetric
+    reference = _in_float32(wanted)
+    plain = _logits(consumer, ids, inputs=False), _logits(reference, ids, inputs=False)
+    full = plain if asymmetric else (_logits(consumer, ids, inputs=True), _logits(reference, ids, inputs=True))
+    largest = float(full[1].abs().max())
+    weights, whole = float((plain[0] - plain[1]).abs().max()), float((full[0] - full[1]).abs().max())
+    steps = {torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9}.get(checkpoint.dtype, 2.0**-15)
+    tolerance = steps * max(largest, 1e-6)
+    ok = weights <= tolerance and (whole <= _full_tolerance(tolerance, checkpoint) or not comparable) and not conversion
+    reason = "logits agree" if ok else conversion[0] if conversion else "logits differ by more than rounding"
+    return VerifyResult(ok, layout, reason, weights, whole, tolerance, largest, ids.numel(), comparable, conversion)
+
+
+def _full_tolerance(tolerance: float, checkpoint: Checkpoint) -> float:
+    """Inputs near a rounding boundary may fall to either side once weights differ in their last bit: allow a few such steps."""
+    quantized = any(r.input_format is not None for r in checkpoint.records()) or bool(checkpoint.kv)
+    return tolerance * 8 if quantized else tolerance
+
+
+def _comparable(fmt: Any) -> bool:
+    scheme = input_scheme(fmt) if fmt is not None else None
+    if not isinstance(scheme, Scheme):
+        return fmt is None
+    return not (scheme.scale == "e8m0" or (scheme.kind == "int" and scheme.dynamic))
+
+
+def _default_ids(checkpoint: Checkpoint) -> Tensor:
+    vocabulary = int(checkpoint.config.get("vocab_size") or 0)
+    if vocabulary <= 0:
+        raise ExportError("config.json has no vocab_size; pass input_ids to verify.")
+    return (torch.arange(64) * 7919 % vocabulary).reshape(2, 32)
+
+
+def _consumer(directory: Path, checkpoint: Checkpoint, dequantize: bool) -> nn.Module:
+    """Return the model as transformers loads it, decompressed, in float32."""
+    transformers = require("transformers", "hf")
+    cls = huggingface.model_class(checkpoint.config)
+    kwargs: dict[str, Any] = {}
+    if dequantize:  # transformers cannot load packed zero points otherwise
+        kwargs["quantization_config"] = transformers.CompressedTensorsConfig(dequantize=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model, info = cls.from_pretrained(directory, dtype=torch.float32, output_loading_info=True, **kwargs)
+    missing = [k for k in info["missing_keys"] if not k.endswith(("zero_point",))]
+    if missing or info["mismatched_keys"]:
+        raise ExportError(f"transformers did not find {sorted(missing)[:3]} or found other shapes {info['mismatched_keys']}.")
+    if hasattr(model, "ct_decompress_hook"):
+        model.hf_quantizer.compressor.decompress_model(model)
+    for module in model.modules():  # FP4 weights come out in bfloat16 whatever the model's dtype is
+        weight = module._parameters.get("weight")
+        if weight is not None and weight.is_floating_point() and weight.dtype != torch.float32:
+            weight.data = weight.data.float()
+    return model.eval()
+
+
+def _in_float32(model: nn.Module) -> nn.Module:
+    """Return a copy that computes in float32 with the weights as the model rounds them in its own dtype."""
+    from modelopt.torch.quantization.nn.modules import QuantModule
+
+    twin = copy.deepcopy(model).eval()
+    with torch.no_grad():
+        for module in twin.modules():
+            if isinstance(module, QuantModule):
+                _fold(module)
+    return twin.float()
+
+
+def _fold(module: Any) -> None:
+    for qt in module.quantized_tensors():
+        if qt.packed is not None:
+            module._modules.pop(f"{qt.name}_packed")
+            module.register_parameter(qt.name, nn.Parameter(qt.packed(), requires_grad=False))
+        elif qt.weight_quantizer.is_enabled:
+            qt.tensor.copy_(qt.weight_quantizer(qt.tensor))
+            qt.weight_quantizer.disable()
+
+
+def _logits(model: nn.Module, ids: Tensor, inputs: bool) -> Tensor:
+    """Return the logits [batch, tokens, vocabulary] with activation quantizers on or off, whosever they are."""
+    undo: list[Callable[[], None]] = []
+    if not inputs:
+        for module in model.modules():
+            if hasattr(module, "quantization_scheme"):
+                module.quantization_enabled = False
+                undo.append(lambda m=module: setattr(m, "quantization_enabled", True))
+            elif type(module).__name__ == "TensorQuantizer" and module.is_enabled:
+                module.disable()
+                undo.append(module.enable)
+    try:
+        with torch.no_grad():
+            return model(input_ids=ids).logits.float()
+    finally:
+        for one in undo:
+            one()
+
+
+def _against_reader(directory: Path, model: nn.Module | None, ids: Tensor | None, reason: str) -> VerifyResult:
+    """Compare our reader's model of the directory with the exported one, where no foreign consumer exists."""
+    if model is None:
+        return VerifyResult(True, "hf", reason)
+    checkpoint = read(directory)
+    ids = _default_ids(checkpoint) if ids is None else ids
+    ours, wanted = _in_float32(load(directory, mode="fake")), _in_float32(model)
+    weights = float((_logits(ours, ids, False) - _logits(wanted, ids, False)).abs().max())
+    a, b = _logits(ours, ids, True), _logits(wanted, ids, True)
+    whole, largest = float((a - b).abs().max()), float(b.abs().max())
+    tolerance = {torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9}.get(checkpoint.dtype, 2.0**-15) * max(largest, 1e-6)
+    ok = weights <= tolerance and whole <= _full_tolerance(tolerance, checkpoint)
+    return VerifyResult(ok, "hf", reason, weights, whole, tolerance, largest, ids.numel())
+
+
+def write_result(result: VerifyResult, path: Path) -> None:
+    """Write a result as JSON."""
+    write_json(path, {**result.__dict__, "conversion": list(result.conversion)})
