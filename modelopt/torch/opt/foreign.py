@@ -23,6 +23,7 @@ from modelopt.torch.opt.mode import to_plain
 
 _CALIBRATE = "_calibrate"
 _QUANTIZE = "quantize"
+_HARMLESS = [slice]  # what NVIDIA's block quantizers keep; building one runs no code
 
 
 def is_archive(path: Path) -> bool:
@@ -33,7 +34,8 @@ def is_archive(path: Path) -> bool:
 def load_archive(path: Path) -> dict[str, Any]:
     """Load the archive with the restricted unpickler. Raises CheckpointError for anything that is not plain data and tensors."""
     try:
-        data = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(_HARMLESS):
+            data = torch.load(path, map_location="cpu", weights_only=True)
     except (UnpicklingError, RuntimeError, EOFError, ValueError, OSError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(
             f"{path} cannot be loaded safely: {' '.join(str(error).split())[:300]} "
@@ -48,6 +50,8 @@ def plain(value: Any, where: str) -> Any:
     """Return a loaded value as JSON: dtypes and devices become their names, shapes lists, single-element tensors numbers."""
     if isinstance(value, torch.dtype | torch.device):
         return str(value)
+    if isinstance(value, slice):
+        return [plain(v, where) for v in (value.start, value.stop, value.step)]
     if isinstance(value, Tensor):
         return plain(value.item() if value.ndim == 0 else value.tolist(), where)
     if isinstance(value, Mapping):
