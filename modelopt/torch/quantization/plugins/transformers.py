@@ -1,23 +1,30 @@
-"""Hugging Face transformers: `Conv1D`, a Linear whose weight is stored as [in, out].
+"""Hugging Face transformers: attention and KV-cache quantizers, fused experts, and `Conv1D`, whose weight is stored [in, out].
 
-y = output_quantizer( input_quantizer(x) W_q + b ),   W_q = weight_quantizer(W^T)^T     quantized in the orientation of nn.Linear
+Conv1D:  y = output_quantizer( input_quantizer(x) W_q + b ),  W_q = weight_quantizer(W^T)^T   in the orientation of nn.Linear
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from modelopt.torch.quantization.nn.modules.quant_module import QuantInputBase, quantizes
+from modelopt.torch.opt.surgery import walk
+from modelopt.torch.quantization.nn.modules.quant_module import QuantInputBase, QuantizedTensor, quantizes
 from modelopt.torch.quantization.nn.weight_cache import quantized_weight
+from modelopt.torch.quantization.plugins.hf_attention import register_attention
+from modelopt.torch.quantization.plugins.hf_experts import register_experts
 
 
 def prepare(model: nn.Module) -> None:
-    """Look at a model before it is converted. Nothing depends on the model yet."""
+    """Register quantized classes for the attention and expert classes of `model`. The model is not changed."""
+    modules = [module for _, module in walk(model)]
+    register_experts(modules)
+    register_attention({type(module) for module in modules})
 
 
 @quantizes(Conv1D)
@@ -31,6 +38,11 @@ class QuantConv1D(QuantInputBase, Conv1D):
     def weights_of(cls, module: nn.Module) -> Iterator[tuple[str, str, Tensor, int | None]]:
         """Yield the weight transposed, [out, in]."""
         yield "weight_quantizer", "weight", module.weight.t(), None  # type: ignore[operator]
+
+    def quantized_tensors(self) -> Iterator[QuantizedTensor]:
+        """Yield the weight as [out, in], and say that it is stored [in, out]."""
+        for item in super().quantized_tensors():
+            yield replace(item, transposed=True)
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """[..., in] -> [..., out]."""

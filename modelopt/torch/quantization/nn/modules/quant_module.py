@@ -25,7 +25,12 @@ Quantizer = TensorQuantizer | SequentialQuantizer
 
 @dataclass(frozen=True)
 class QuantizedTensor:
-    """One weight of a quantized module and the quantizers around it. `packed` is set where it is held as codes."""
+    """One weight of a quantized module and the quantizers around it.
+
+    `tensor` is [out, in, ...] whatever the layout in memory: `transposed` says that it is a view of a parameter stored [in, out].
+    `expert`: which matrix of a fused parameter it is; `interleaved`: its rows are gate, up, gate, up ... instead of two halves.
+    `packed` is set where the weight is held as codes.
+    """
 
     name: str
     tensor: Tensor
@@ -34,6 +39,8 @@ class QuantizedTensor:
     output_quantizer: Quantizer | None = None
     expert: int | None = None
     packed: PackedTensor | None = None
+    transposed: bool = False
+    interleaved: bool = False
 
 
 class QuantModule(nn.Module):
