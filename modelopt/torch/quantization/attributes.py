@@ -145,18 +145,6 @@ class QuantizerAttributeConfig(Config):
         """The dimensions over which the affine bias is averaged (negative), or None."""
         return None if self.bias is None else tuple(sorted(k for k in self.bias if isinstance(k, int)))
 
-    @property
-    def rotate_block(self) -> int | None:
-        """Size of the Hadamard blocks: None for no rotation, -1 for the whole last dimension."""
-        if isinstance(self.rotate, bool):
-            return -1 if self.rotate else None
-        return (self.rotate.get("block_size") or -1) if self.rotate.get("enable", True) else None
-
-    @property
-    def rotate_back(self) -> bool:
-        """Whether the rotation is undone after quantization (otherwise its partner, for instance the query, is rotated too)."""
-        return isinstance(self.rotate, dict) and self.rotate.get("mode", "rotate") == "rotate_back"
-
     def check_served(self, backends: tuple[str, ...] = ()) -> None:
         """Raise ConfigError for keys that parse and that no code of this version serves."""
         if self.backend is not None and self.backend not in backends:

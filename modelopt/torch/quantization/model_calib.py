@@ -19,6 +19,7 @@ from modelopt.torch.calibration import ForwardLoop, Statistic
 from modelopt.torch.quantization.algorithms import ALGORITHMS as ALGORITHMS
 from modelopt.torch.quantization.algorithms import check_algorithm as check_algorithm
 from modelopt.torch.quantization.algorithms.base import Job, observe, waiting_activations
+from modelopt.torch.quantization.shared_scales import share_scales
 from modelopt.torch.quantization.validate import shorten
 
 
@@ -53,6 +54,7 @@ def calibrate(
         _without_algorithm(model, job)
     for cls, config in todo:
         cls.run(model, config, job)
+    share_scales(model)  # engines fuse these layers; sharing here makes the fake-quantized model the exported one
     return model
 
 

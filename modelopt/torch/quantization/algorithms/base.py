@@ -18,6 +18,7 @@ from modelopt.core.config import Config
 from modelopt.core.errors import CalibrationError
 from modelopt.core.logging import Progress, null_progress
 from modelopt.numerics import Format
+from modelopt.torch import kernels
 from modelopt.torch.calibration import ForwardLoop, Statistic, TokenMask, gather, run_forward
 from modelopt.torch.quantization.calib.observers import (
     AffineObserver,
@@ -30,10 +31,11 @@ from modelopt.torch.quantization.calib.observers import (
 )
 from modelopt.torch.quantization.nn.modules.quant_module import QuantModule
 from modelopt.torch.quantization.nn.modules.tensor_quantizer import TensorQuantizer, leaf_quantizers
+from modelopt.torch.quantization.shared_scales import groups_of
 from modelopt.torch.quantization.validate import check_finite, shorten
 
 MakeObserver = Callable[[TensorQuantizer], Observer]
-FindRanges = Callable[[Tensor, Format], Ranges | None]
+FindRanges = Callable[[Tensor, Format, Tensor | None], Ranges | None]
 
 
 @dataclass
@@ -64,6 +66,7 @@ class WeightSite:
     name: str
     tensor: Tensor
     quantizer: nn.Module
+    layer: str = ""
 
 
 def weight_sites(model: nn.Module) -> Iterator[WeightSite]:
@@ -73,7 +76,7 @@ def weight_sites(model: nn.Module) -> Iterator[WeightSite]:
             for t in module.quantized_tensors():
                 if t.packed is None:
                     expert = "" if t.expert is None else f"[{t.expert}]"
-                    yield WeightSite(f"{name}.{t.name}{expert}".lstrip("."), t.tensor, t.weight_quantizer)
+                    yield WeightSite(f"{name}.{t.name}{expert}".lstrip("."), t.tensor, t.weight_quantizer, name)
 
 
 def weight_quantizer_ids(model: nn.Module) -> set[int]:
@@ -97,16 +100,22 @@ def waiting_activations(model: nn.Module) -> dict[str, TensorQuantizer]:
         and q.enabled
         and q.format is not None
         and not q.has_constant_amax
-        and (q.format.needs_calibration or q.bias_config is not None)
+        and (q.format.needs_calibration or bias_dims(q) is not None)
     }
+
+
+def bias_dims(quantizer: TensorQuantizer) -> tuple[int, ...] | None:
+    """Return the dimensions over which the quantizer's affine bias is averaged, or None where it has none."""
+    return None if quantizer.config is None else quantizer.config.bias_dims
 
 
 def make_max_observer(quantizer: TensorQuantizer) -> Observer:
     """Return the observer of largest magnitudes (or of minimum and maximum, or around a bias) for a quantizer's format."""
     fmt = quantizer.format
     assert fmt is not None
-    if quantizer.bias_config is not None:
-        return AffineObserver(fmt, tuple(sorted(int(k) for k in quantizer.bias_config if not str(k).isalpha())))
+    dims = bias_dims(quantizer)
+    if dims is not None:
+        return AffineObserver(fmt, dims)
     return MaxObserver(fmt) if fmt.zero is None else MinMaxObserver(fmt)
 
 
@@ -184,28 +193,48 @@ def set_ranges(quantizer: TensorQuantizer, ranges: Ranges) -> None:
 
 
 def calibrate_weights(model: nn.Module, find: FindRanges, job: Job) -> None:
-    """Set the ranges of all enabled weight quantizers from the weights, by `find(weight, format)`.
+    """Set the ranges of all enabled weight quantizers from the weights, by `find(weight, format, tensor_amax)`.
 
-    A sequence of quantizers is calibrated link by link, each on what the one before it returns.
+    `tensor_amax` is that of the group of layers that share a second-level scale, or None. A sequence of quantizers is calibrated
+    link by link, each on what the one before it returns.
     Raises CalibrationError, naming the tensor and the first index, if a weight is not finite; nothing is set then.
     """
     sites = [s for s in weight_sites(model) if any(q.enabled for q in leaf_quantizers(s.quantizer))]
     for site in sites:
         check_finite(site.name, site.tensor)
     with torch.no_grad():
+        shared = _shared_amax(sites)
         for i, site in enumerate(sites):
-            _calibrate_site(site, find)
+            _calibrate_site(site, find, shared.get(site.name))
             job.progress(i + 1, len(sites), "scaling weights")
 
 
-def _calibrate_site(site: WeightSite, find: FindRanges) -> None:
+def _shared_amax(sites: list[WeightSite]) -> dict[str, Tensor]:
+    """Return, by weight name, the amax of its group of fused layers, where static formats have a tensor-wide scale."""
+    by_layer: dict[str, list[WeightSite]] = {}
+    for site in sites:
+        by_layer.setdefault(site.layer, []).append(site)
+    found: dict[str, Tensor] = {}
+    for group in groups_of(by_layer):
+        members = [by_layer[layer][0] for layer in group if len(by_layer[layer]) == 1]
+        formats = {q.format for m in members for q in leaf_quantizers(m.quantizer)}
+        fmt = formats.pop() if len(formats) == 1 and len(members) == len(group) else None
+        if fmt is not None and fmt.needs_global and not fmt.dynamic and members[0].tensor.device.type != "meta":
+            amax = torch.stack(
+                [kernels.amax(m.tensor.detach(), "i8[...]*f32").to(members[0].tensor.device) for m in members]
+            ).amax()
+            found.update({m.name: amax for m in members})
+    return found
+
+
+def _calibrate_site(site: WeightSite, find: FindRanges, shared: Tensor | None) -> None:
     if site.tensor.device.type == "meta":
         return
     links = [q for q in leaf_quantizers(site.quantizer) if q.enabled]
     x = site.tensor.detach()
     for i, quantizer in enumerate(links):
         if quantizer.format is not None and not quantizer.has_constant_amax:
-            ranges = find(x, quantizer.format)
+            ranges = find(x, quantizer.format, None if shared is None else shared.to(x.device))
             if ranges is not None:
                 set_ranges(quantizer, ranges)
         if i + 1 < len(links):

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 from torch import nn
 
 from modelopt.core.config import Config
-from modelopt.torch.quantization.algorithms.base import Algorithm, Job, calibrate_weights, make_max_observer, observe
+from modelopt.torch.quantization.algorithms.base import Algorithm, Job, bias_dims, calibrate_weights, make_max_observer, observe
 from modelopt.torch.quantization.calib.histogram import HistogramObserver, serves
 from modelopt.torch.quantization.calib.observers import Observer
 from modelopt.torch.quantization.calib.weights import max_ranges
@@ -36,7 +36,7 @@ class HistogramAlgorithm(Algorithm):
         """Find activation ranges in one run over the data, then weight ranges."""
 
         def make(quantizer: TensorQuantizer) -> Observer:
-            if quantizer.format is not None and serves(quantizer.format) and quantizer.bias_config is None:
+            if quantizer.format is not None and serves(quantizer.format) and bias_dims(quantizer) is None:
                 return HistogramObserver(quantizer.format, config.threshold, config.num_bins, config.percentile)
             return make_max_observer(quantizer)
 

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from modelopt.core.config import Config
-from modelopt.torch.quantization.algorithms.base import Algorithm, Job, calibrate_weights, make_max_observer, observe
+from modelopt.torch.quantization.algorithms.base import Algorithm, Job, bias_dims, calibrate_weights, make_max_observer, observe
 from modelopt.torch.quantization.calib.histogram import HistogramObserver, serves
 from modelopt.torch.quantization.calib.observers import Observer
 from modelopt.torch.quantization.calib.weights import max_ranges
@@ -41,6 +41,6 @@ def make_observer(quantizer: TensorQuantizer) -> Observer:
     fmt = quantizer.format
     assert fmt is not None
     wants_histogram = quantizer.config is not None and quantizer.config.calibrator == "histogram"
-    if wants_histogram and serves(fmt) and quantizer.bias_config is None:
+    if wants_histogram and serves(fmt) and bias_dims(quantizer) is None:
         return HistogramObserver(fmt)
     return make_max_observer(quantizer)

@@ -35,8 +35,8 @@ class Mse(Algorithm):
         """Find activation ranges, then search those of the weights."""
         factors = multipliers(config.start_multiplier, config.stop_multiplier, config.step_size)
 
-        def find(weight: Tensor, fmt: Format) -> Ranges | None:
-            return mse_ranges(weight, fmt, factors, config.fp8_scale_sweep)
+        def find(weight: Tensor, fmt: Format, tensor_amax: Tensor | None) -> Ranges | None:
+            return mse_ranges(weight, fmt, factors, config.fp8_scale_sweep, tensor_amax)
 
         observe(model, job, make_observer)
         calibrate_weights(model, find, job)

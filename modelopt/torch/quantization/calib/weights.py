@@ -32,8 +32,11 @@ from modelopt.torch.quantization.calib.observers import Ranges, _Base
 MULTIPLIERS_46 = (1.0, 1.5)
 
 
-def max_ranges(weight: Tensor, fmt: Format) -> Ranges | None:
-    """Return the ranges of `weight` by its largest magnitudes, or None where the format computes its own at each call."""
+def max_ranges(weight: Tensor, fmt: Format, tensor_amax: Tensor | None = None) -> Ranges | None:
+    """Return the ranges of `weight` by its largest magnitudes, or None where the format computes its own at each call.
+
+    `tensor_amax` (scalar): for static two-level formats, the amax under the tensor-wide scale if not the weight's own.
+    """
     if fmt.dynamic and not fmt.needs_global:
         return None
     weight = weight.detach()
@@ -46,8 +49,10 @@ def max_ranges(weight: Tensor, fmt: Format) -> Ranges | None:
     if not fmt.needs_global:
         return Ranges(amax)
     if fmt.rule == "46":
-        return mse_ranges(weight, fmt, MULTIPLIERS_46)
-    return Ranges(amax, amax.amax() if amax.numel() else amax.new_zeros(()))
+        return mse_ranges(weight, fmt, MULTIPLIERS_46, tensor_amax=tensor_amax)
+    if tensor_amax is None:
+        tensor_amax = amax.amax() if amax.numel() else amax.new_zeros(())
+    return Ranges(amax, tensor_amax)
 
 
 def multipliers(start: float, stop: float, step: float) -> tuple[float, ...]:
@@ -57,10 +62,13 @@ def multipliers(start: float, stop: float, step: float) -> tuple[float, ...]:
     return tuple(start + i * step for i in range(int((stop - start) / step + 1e-6) + 1))
 
 
-def mse_ranges(weight: Tensor, fmt: Format, factors: tuple[float, ...], fp8_sweep: bool = False) -> Ranges | None:
+def mse_ranges(
+    weight: Tensor, fmt: Format, factors: tuple[float, ...], fp8_sweep: bool = False, tensor_amax: Tensor | None = None
+) -> Ranges | None:
     """Return the ranges with the least squared error; formats without static ranges are as in `max_ranges`.
 
-    `fp8_sweep` applies to static two-level formats with E4M3 block scales; others take `factors`. Ties go to the first.
+    `tensor_amax` as there. `fp8_sweep` applies to static two-level formats with E4M3 block scales; others take `factors`.
+    Ties go to the first.
     """
     if fmt.dynamic:
         return max_ranges(weight, fmt)
@@ -72,7 +80,10 @@ def mse_ranges(weight: Tensor, fmt: Format, factors: tuple[float, ...], fp8_swee
         amax = kernels.amax(weight, fmt)
     if weight.numel() == 0 or not bool(torch.isfinite(amax).all()):
         return Ranges(amax, amax.amax() if fmt.needs_global and amax.numel() else None, amin)
-    tensor_amax = amax.amax() if fmt.needs_global else None
+    if not fmt.needs_global:
+        tensor_amax = None
+    elif tensor_amax is None:
+        tensor_amax = amax.amax()
     if fp8_sweep and _sweepable(fmt):
         assert tensor_amax is not None
         candidates = _sweep(amax, tensor_amax, fmt)
