@@ -1,0 +1,13 @@
+NVFP4_CFG = {
+    "quant_cfg": {
+        "*weight_quantizer": {
+            "num_bits": 4,
+            "format": "nvfp4"
+        },
+        "*input_quantizer": {
+            "num_bits": 8,
+            "format": "fp8"
+        }
+    },
+    "algorithm": "max"
+}
