@@ -49,7 +49,9 @@ def quantizers_from_metadata(metadata: dict[str, Any]) -> dict[str, Any]:
 
 def _convert(name: str, state: dict[str, Any]) -> dict[str, Any]:
     disabled = bool(state.get("_disabled", False))
-    attributes = {ours: state[theirs] for theirs, ours in _KEYS.items() if not (state.get(theirs) is None or state[theirs] is False)}
+    attributes = {
+        ours: state[theirs] for theirs, ours in _KEYS.items() if not (state.get(theirs) is None or state[theirs] is False)
+    }
     if "block_sizes" in attributes:  # the saved axis is then that of the tensor after it was cut into blocks
         attributes.pop("axis", None)
     if state.get("_dynamic"):

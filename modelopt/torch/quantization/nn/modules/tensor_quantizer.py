@@ -42,7 +42,7 @@ class TensorQuantizer(nn.Module):
         self.rotation: tuple[int, bool, bool] | None = None  # block (-1: the whole dimension), in float32, rotated back
         self.observer: Any = None
         self._format: Format | None = None
-        self._format_text = ""
+        self._format_text, self._amax_is_global = "", False
         for name in BUFFERS:
             self.register_buffer(name, None)
         if config is not None:
@@ -99,6 +99,7 @@ class TensorQuantizer(nn.Module):
     num_bits = property(lambda self: getattr(self.config, "num_bits", None), doc="`num_bits` of the configuration.")
     axis = property(lambda self: getattr(self.config, "axis", None), doc="`axis` of the configuration.")
     block_sizes = property(lambda self: getattr(self.config, "block_sizes", None), doc="`block_sizes` of the configuration.")
+    bias_config = property(lambda self: getattr(self.config, "bias", None), doc="`bias` of the configuration, or None.")
 
     # -- statistics ------------------------------------------------------------------------------------------------
 
@@ -141,9 +142,9 @@ class TensorQuantizer(nn.Module):
         """Return the fake-quantized `inputs`, same shape and dtype. While an observer is attached it only observes."""
         if self._pre_quant_scale is not None:
             inputs = inputs * self._pre_quant_scale.to(inputs.dtype)
-        if not self.enabled:
-            return inputs
         x = inputs if self.rotation is None else rotate(inputs, self.rotation[0], self.rotation[1])
+        if not self.enabled:  # a query is rotated with its keys, quantized or not
+            return inputs if self.rotation is None or self.rotation[2] else x
         if self.observer is not None:
             self.observer.update(x)
         elif self._bias_value is None:
