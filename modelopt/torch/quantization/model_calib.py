@@ -18,7 +18,7 @@ from modelopt.core.logging import Progress, null_progress, warn
 from modelopt.torch.calibration import ForwardLoop, Statistic
 from modelopt.torch.quantization.algorithms import ALGORITHMS as ALGORITHMS
 from modelopt.torch.quantization.algorithms import check_algorithm as check_algorithm
-from modelopt.torch.quantization.algorithms.base import Job, observe, waiting_activations
+from modelopt.torch.quantization.algorithms.base import Job, check_weights, observe, waiting_activations
 from modelopt.torch.quantization.shared_scales import share_scales
 from modelopt.torch.quantization.validate import shorten
 
@@ -50,6 +50,7 @@ def calibrate(
     """
     todo = check_algorithm(algorithm)
     job = Job(forward_loop, progress, {} if statistics is None else statistics)
+    check_weights(model)
     if not todo:
         _without_algorithm(model, job)
     for cls, config in todo:

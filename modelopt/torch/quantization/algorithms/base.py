@@ -192,16 +192,24 @@ def set_ranges(quantizer: TensorQuantizer, ranges: Ranges) -> None:
     quantizer.bias_value = ranges.bias
 
 
+def enabled_sites(model: nn.Module) -> list[WeightSite]:
+    """Return the weights that some enabled quantizer quantizes."""
+    return [s for s in weight_sites(model) if any(q.enabled for q in leaf_quantizers(s.quantizer))]
+
+
+def check_weights(model: nn.Module) -> None:
+    """Raise CalibrationError, naming the tensor and the first index, if a weight to be quantized is not finite."""
+    for site in enabled_sites(model):
+        check_finite(site.name, site.tensor)
+
+
 def calibrate_weights(model: nn.Module, find: FindRanges, job: Job) -> None:
     """Set the ranges of all enabled weight quantizers from the weights, by `find(weight, format, tensor_amax)`.
 
     `tensor_amax` is that of the group of layers that share a second-level scale, or None. A sequence of quantizers is calibrated
     link by link, each on what the one before it returns.
-    Raises CalibrationError, naming the tensor and the first index, if a weight is not finite; nothing is set then.
     """
-    sites = [s for s in weight_sites(model) if any(q.enabled for q in leaf_quantizers(s.quantizer))]
-    for site in sites:
-        check_finite(site.name, site.tensor)
+    sites = enabled_sites(model)
     with torch.no_grad():
         shared = _shared_amax(sites)
         for i, site in enumerate(sites):

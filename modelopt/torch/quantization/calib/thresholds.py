@@ -19,7 +19,7 @@ from modelopt.numerics import Element, Format
 from modelopt.numerics.reference import apply_scales, compute_scales
 from modelopt.torch.calibration import Histogram
 
-NUM_CANDIDATES = 512
+NUM_CANDIDATES = 256
 _TINY = 1e-12
 
 
