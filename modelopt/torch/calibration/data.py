@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from modelopt.core.logging import Progress, null_progress
 
 ForwardLoop = Callable[[nn.Module], Any] | Iterable[Any]
 MASK_NAMES = ("attention_mask", "decoder_attention_mask", "encoder_attention_mask")
+STREAM_NAMES = ("input_ids", "inputs_embeds", "input_features", "input_values", "pixel_values")
+MEMORY_NAMES = ("key_value_states", "encoder_hidden_states")
 
 
 def as_forward_loop(loop: ForwardLoop, progress: Progress = null_progress) -> Callable[[nn.Module], None]:
@@ -71,12 +74,26 @@ def _to(batch: Any, device: torch.device) -> Any:
     return batch
 
 
+@dataclass(frozen=True)
+class _Frame:
+    """What a module in progress knows: its own mask [B, T], that of its memory [B, S] (None: all real), and the memory's address.
+
+    `reads_memory`: the module is a cross attention, whose keys and values are made of the memory.
+    """
+
+    mask: Tensor | None = None
+    memory_mask: Tensor | None = None
+    memory: tuple[int, tuple[int, ...]] | None = None
+    reads_memory: bool = False
+
+
 class TokenMask:
-    """The masks of the forward in progress, innermost last. None on the stack: all tokens of that module are real."""
+    """The frames of the forwards in progress, innermost last."""
 
     def __init__(self) -> None:
-        self.stack: list[list[Tensor]] = []
+        self.stack: list[_Frame] = []
         self.selected: list[Tensor | None] = []
+        self.keys = 0
 
     def for_tensor(self, x: Tensor, heads_first: bool = False) -> Tensor | None:
         """Return a bool tensor that broadcasts to `x` (True: a real token), or None where nothing is known or masked.
@@ -86,18 +103,18 @@ class TokenMask:
         if self.selected:
             rows = self.selected[-1]
             return None if rows is None or x.dim() == 0 or rows.numel() != x.shape[0] else _lead(rows, x)
-        for mask in self.stack[-1] if self.stack else ():
-            found = _place(mask, x, heads_first)
-            if found is not None:
-                return None if bool(found.all()) else found
-        return None
+        if not self.stack:
+            return None
+        frame = self.stack[-1]
+        of_memory = (frame.reads_memory and self.keys > 0) or frame.memory == _address(x)
+        mask = frame.memory_mask if of_memory else frame.mask
+        found = None if mask is None else _place(mask, x, heads_first)
+        return None if found is None or bool(found.all()) else found
 
     def tokens(self, rows: int) -> Tensor | None:
         """Return the current mask flattened to [B*T] bool if it has that many tokens, else None."""
-        for mask in self.stack[-1] if self.stack else ():
-            if mask.numel() == rows:
-                return mask.flatten()
-        return None
+        mask = self.stack[-1].mask if self.stack else None
+        return None if mask is None or mask.numel() != rows else mask.flatten()
 
 
 _ACTIVE: list[TokenMask] = []
@@ -122,13 +139,27 @@ def select_tokens(index: Tensor, num_tokens: int) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def key_tokens() -> Iterator[None]:
+    """Say that tensors seen inside are keys or values: in a cross attention they hold the tokens of its memory."""
+    if not _ACTIVE:
+        yield
+        return
+    active = _ACTIVE[-1]
+    active.keys += 1
+    try:
+        yield
+    finally:
+        active.keys -= 1
+
+
+@contextlib.contextmanager
 def token_mask(model: nn.Module) -> Iterator[TokenMask]:
     """Watch the attention masks of `model`'s forwards: hooks on every module whose forward takes one; removed at the end."""
     state = TokenMask()
     handles: list[Any] = []
     for module in model.modules():
         names = _parameter_names(type(module))
-        if module is model or any(n in names for n in MASK_NAMES):
+        if module is model or any(n in names for n in (*MASK_NAMES, *MEMORY_NAMES)):
             handles.append(module.register_forward_pre_hook(_enter(state, names), with_kwargs=True, prepend=True))
             handles.append(module.register_forward_hook(_leave(state), always_call=True))
     _ACTIVE.append(state)
@@ -141,13 +172,34 @@ def token_mask(model: nn.Module) -> Iterator[TokenMask]:
 
 
 def _enter(state: TokenMask, names: tuple[str, ...]) -> Callable[..., None]:
+    begins_stream = any(n in names for n in STREAM_NAMES)
+
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = {**dict(zip(names, args, strict=False)), **kwargs}
-        found = [given[n] for n in MASK_NAMES if isinstance(given.get(n), Tensor) and given[n].dim() == 2]
-        masks = [m != 0 for m in found if m.shape[0] > 0]
-        state.stack.append(masks or (state.stack[-1] if state.stack else []))
+        outer = state.stack[-1] if state.stack else _Frame()
+        masks = {n: _as_mask(given.get(n)) for n in MASK_NAMES}
+        memory = next((given[n] for n in MEMORY_NAMES if isinstance(given.get(n), Tensor)), None)
+        if "decoder_attention_mask" in names:  # an encoder-decoder: what it computes itself are the decoder's tokens
+            mask, memory_mask = masks["decoder_attention_mask"], masks["attention_mask"]
+        else:
+            mask, memory_mask = masks["attention_mask"], masks["encoder_attention_mask"]
+            if mask is None and not (begins_stream and given.get("attention_mask") is None):
+                mask = outer.mask
+            if memory_mask is None and not begins_stream:
+                memory_mask = outer.memory_mask
+        crosses = memory is not None and ("key_value_states" in names or "CrossAttention" in type(module).__name__)
+        address = outer.memory if memory is None else _address(memory)
+        state.stack.append(_Frame(mask, memory_mask, address, crosses))
 
     return hook
+
+
+def _as_mask(value: Any) -> Tensor | None:
+    return value != 0 if isinstance(value, Tensor) and value.dim() == 2 and value.shape[0] > 0 else None
+
+
+def _address(x: Tensor) -> tuple[int, tuple[int, ...]]:
+    return x.data_ptr(), tuple(x.shape)
 
 
 def _leave(state: TokenMask) -> Callable[..., None]:

@@ -23,6 +23,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from modelopt.core.errors import ConfigError
+from modelopt.torch.calibration.data import key_tokens
 from modelopt.torch.opt.surgery import original_class
 from modelopt.torch.quantization.nn.modules.quant_module import QuantModule, QuantModuleRegistry
 
@@ -110,7 +111,9 @@ def quantized_attention(module: Any, query: Tensor, key: Tensor, value: Tensor, 
     source = attention_source(original_class(module))
     if source is None:
         raise ConfigError(f"{type(module).__name__} does not look its attention up in transformers' attention interface.")
-    query, key, value = module.q_bmm_quantizer(query), module.k_bmm_quantizer(key), module.v_bmm_quantizer(value)
+    query = module.q_bmm_quantizer(query)
+    with key_tokens():
+        key, value = module.k_bmm_quantizer(key), module.v_bmm_quantizer(value)
     name = module.__dict__["config"]._attn_implementation or "eager"
     module.__dict__[_INSIDE] = True
     try:
