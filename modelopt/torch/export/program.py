@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from modelopt.core.errors import ExportError
-
-SPECIFICATIONS = "_modelopt_input_specs"
+from modelopt.torch.calibration.executor import input_spec
+from modelopt.torch.utils.network import get_module_device
 
 
 def export_torch_model(model: nn.Module, path: str | Path, example_inputs: Any = None) -> None:
@@ -79,13 +79,14 @@ def _combined(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 def _arguments(model: nn.Module, example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if example is None:
-        recorded = model.__dict__.get(SPECIFICATIONS)
+        recorded = input_spec(model)
         if recorded is None:
             raise ExportError(
                 "No input shapes were recorded at calibration. Pass example_inputs=, a tensor or a tuple of tensors."
             )
-        args, kwargs = recorded
-        return tuple(_example(a) for a in args), {k: _example(v) for k, v in kwargs.items()}
+        device = get_module_device(model)
+        kwargs = {k: _example(v, device) for k, v in recorded["kwargs"].items()}
+        return tuple(_example(a, device) for a in recorded["args"]), kwargs
     if isinstance(example, dict):
         return (), dict(example)
     if isinstance(example, tuple | list):
@@ -93,9 +94,12 @@ def _arguments(model: nn.Module, example: Any) -> tuple[tuple[Any, ...], dict[st
     return (example,), {}
 
 
-def _example(value: Any) -> Any:
-    """Make an input of a recorded specification {"shape", "dtype", "device"}; anything else is the value itself."""
-    if not (isinstance(value, dict) and "shape" in value and "dtype" in value):
+def _example(value: Any, device: torch.device) -> Any:
+    """Make an input of a recorded specification {"shape", "dtype"}; a list of them, or any other plain value, is itself."""
+    if isinstance(value, list):
+        return [_example(v, device) for v in value]
+    if not isinstance(value, dict):
         return value
-    dtype = getattr(torch, str(value["dtype"]).removeprefix("torch."))
-    return torch.zeros(value["shape"], dtype=dtype, device=value.get("device", "cpu"))
+    if "unknown" in value:
+        raise ExportError(f"Calibration passed a {value['unknown']}, of which no example can be made. Pass example_inputs=.")
+    return torch.zeros(value["shape"], dtype=getattr(torch, value["dtype"]), device=device)
