@@ -21,7 +21,10 @@ _WHERE = {
     "pack": "CompressConfig",
     "mode": "QuantizeModeRegistry",
     "tensor_quant": "scaled_e4m3_impl scaled_e4m3 fake_tensor_quant",
-    "model_calib": "calibrate_amax max_calibrate histogram_calibration mse_calibrate",
+    "model_calib": (
+        "calibrate_amax max_calibrate histogram_calibration mse_calibrate awq_calibration smoothquant_calibration "
+        "collect_statistics"
+    ),
     "presets": "get_config update_quant_cfg_with_kv_cache_quant PRESETS SCHEMES",
     "nn.modules": "QuantModuleRegistry TensorQuantizer SequentialQuantizer QuantModule QuantLinear",
     "nn.weight_cache": "set_weight_cache_budget",

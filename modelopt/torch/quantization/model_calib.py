@@ -130,6 +130,16 @@ def histogram_calibration(
     return calibrate(model, settings, forward_loop, **options)
 
 
+def smoothquant_calibration(model: nn.Module, forward_loop: ForwardLoop | None = None, **settings: Any) -> nn.Module:
+    """SmoothQuant. Not part of this version: raises MissingAlgorithmError."""
+    return calibrate(model, {"method": "smoothquant", **settings}, forward_loop)
+
+
+def awq_calibration(model: nn.Module, forward_loop: ForwardLoop | None = None, **settings: Any) -> nn.Module:
+    """AWQ. Not part of this version: raises MissingAlgorithmError."""
+    return calibrate(model, {"method": "awq_lite", **settings}, forward_loop)
+
+
 def require_calibrated(model: nn.Module) -> None:
     """Raise CalibrationError if an enabled activation quantizer that needs a range has none."""
     lacking = [name for name, q in waiting_activations(model).items() if q.amax is None]
