@@ -23,6 +23,7 @@ from modelopt.torch.opt import files, foreign
 from modelopt.torch.opt.mode import HISTORY, Mode, ModeRegistry, Step, history, nested_histories, new_mode, record, refresh
 from modelopt.torch.opt.surgery import walk
 from modelopt.torch.opt.tensors import fill_empty_buffers, gather, load, plan, shadow
+from modelopt.torch.utils.distributed import is_master
 from modelopt.torch.utils.network import get_submodule, set_submodule, unwrap_model
 
 _MAX_STEPS = 10_000
@@ -150,11 +151,13 @@ def save(model: nn.Module, path: str | Path, overwrite: bool = False) -> None:
     """Save history and tensors. A path without a suffix becomes a directory, any other one a single safetensors file.
 
     What is written appears whole or not at all. Existing files are replaced only if they are those of a saved model, or with
-    `overwrite`. Raises CheckpointError.
+    `overwrite`. Under `torch.distributed` the first process writes, the others return at once. Raises CheckpointError.
 
         save(model, "out")            # out/modelopt.json, out/model.safetensors
         save(model, "out.safetensors")
     """
+    if not is_master():
+        return
     target = Path(path)
     inner = unwrap_model(model)
     state = modelopt_state(inner)

@@ -133,7 +133,7 @@ def staged_directory(path: str | Path, overwrite: bool = False, own: set[str] | 
         else:
             _merge(stage, absolute)
     except OSError as error:
-        raise CheckpointError(f"{target} could not be written: {error}. Nothing was left there.") from error
+        raise CheckpointError(f"{target} could not be written: {error}. Free the cause, or choose another path.") from error
     finally:
         shutil.rmtree(stage, ignore_errors=True)
 
@@ -170,7 +170,7 @@ def staged_file(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
         yield stage
         os.replace(stage, target)
     except OSError as error:
-        raise CheckpointError(f"{path} could not be written: {error}. Nothing was left there.") from error
+        raise CheckpointError(f"{path} could not be written: {error}. Free the cause, or choose another path.") from error
     finally:
         stage.unlink(missing_ok=True)
 

@@ -23,7 +23,7 @@ from modelopt.torch.opt.mode import to_plain
 
 _CALIBRATE = "_calibrate"
 _QUANTIZE = "quantize"
-_HARMLESS = [slice]  # what NVIDIA's block quantizers keep; building one runs no code
+_HARMLESS: list[Any] = [slice]  # what NVIDIA's block quantizers keep; building one runs no code
 
 
 def is_archive(path: Path) -> bool:

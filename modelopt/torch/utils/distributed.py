@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import ProcessGroup
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def is_initialized() -> bool:

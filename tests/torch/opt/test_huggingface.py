@@ -91,6 +91,7 @@ def test_own_functions(tmp_path, toy_modes, case):
     save_pretrained(model, tmp_path / "out")
     loaded = load_pretrained(tmp_path / "out")
     same(loaded, model)
+    same(restore(MODELS[case](), tmp_path / "out"), model)  # the names in the file are the model's own
     if case.startswith("llama"):
         assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) is model.config.tie_word_embeddings
     assert dict(vars(PreTrainedModel)) == before
