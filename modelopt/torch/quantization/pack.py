@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from modelopt.core.config import Config
 from modelopt.core.errors import CheckpointError, ModeError
+from modelopt.core.logging import warn
 from modelopt.core.match import Rules
 from modelopt.torch import kernels
 from modelopt.torch.opt.surgery import walk
@@ -30,18 +31,23 @@ class CompressConfig(Config):
 def pack_weights(model: nn.Module, config: CompressConfig) -> list[str]:
     """Pack every enabled weight that `config` allows and return their names."""
     rules = Rules.of(config.compress.items())
-    packed = []
+    packed: list[str] = []
+    kept: list[str] = []
     for name, module in list(_quant_modules(model)):
-        if not rules.resolve(name):
-            continue
-        for item in list(module.quantized_tensors()):
-            if item.packed is None and item.name in module.packable and item.weight_quantizer.is_enabled:
-                _pack(f"{name}.{item.name}", module, item)
-                packed.append(f"{name}.{item.name}")
-    if not packed:
-        raise ModeError(
-            "No weight can be packed: none has an enabled quantizer, or no pattern allows it. Quantize the model first."
-        )
+        for item in list(module.quantized_tensors()) if rules.resolve(name) else ():
+            full = f"{name}.{item.name}" + ("" if item.expert is None else f"[{item.expert}]")
+            if item.packed is not None or not item.weight_quantizer.is_enabled:
+                continue
+            if item.name in module.packable:
+                _pack(full, module, item)
+                packed.append(full)
+            else:
+                kept.append(f"{full} ({type(module).__name__})")
+    if not packed and not kept:
+        raise ModeError("There is no weight to pack: none has an enabled quantizer and is allowed by a pattern. Quantize first.")
+    if kept:
+        shown = ", ".join(kept[:6]) + (f", and {len(kept) - 6} more" if len(kept) > 6 else "")
+        warn(f"{len(kept)} weights stay fake-quantized, because their modules cannot hold packed codes yet: {shown}.")
     return packed
 
 

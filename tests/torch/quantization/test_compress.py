@@ -10,6 +10,7 @@ from torch import nn
 
 import modelopt.torch.quantization as mtq
 from modelopt.core.errors import CheckpointError, ConfigError, ModeError
+from modelopt.core.logging import ModelOptWarning
 from modelopt.torch.opt import modelopt_state, restore, restore_from_modelopt_state, save
 from modelopt.torch.quantization.backends import GEMMRegistry, find_kernel, register_kernel
 from modelopt.torch.quantization.backends.gemm_registry import unregister_kernel
@@ -82,11 +83,11 @@ def test_patterns_choose() -> None:
     assert "up.weight" not in model.state_dict() and "down.weight" in model.state_dict()
     mtq.compress(model)
     assert "down.weight" not in model.state_dict()
-    with pytest.raises(ModeError, match="No weight can be packed"):
+    with pytest.raises(ModeError, match="no weight to pack"):
         mtq.compress(model)
     with pytest.raises(ConfigError, match='Did you mean "compress"'):
         mtq.compress(model, {"compres": {}})
-    with pytest.raises(ModeError, match="Quantize the model first"):
+    with pytest.raises(ModeError, match="Quantize first"):
         mtq.compress(Net())
 
 
@@ -132,6 +133,14 @@ def test_state_of_other_shapes_is_refused() -> None:
     other.up = nn.Linear(256, 128, bias=False)
     with pytest.raises(CheckpointError, match="up should have a weight"):
         restore_from_modelopt_state(other, state)
+
+
+def test_weights_that_cannot_be_packed_are_named() -> None:
+    model = nn.ModuleList([nn.LSTM(8, 8), nn.Linear(8, 8)])
+    mtq.quantize(model, weight_only(num_bits=8))
+    with pytest.warns(ModelOptWarning, match=r"2 weights stay fake-quantized.*0.weight_ih_l0 \(QuantLSTM\)"):
+        mtq.compress(model)
+    assert "1.weight" not in model.state_dict() and "0.weight_ih_l0" in model.state_dict()
 
 
 def test_compressed_coverage() -> None:

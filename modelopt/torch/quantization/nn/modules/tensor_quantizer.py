@@ -10,7 +10,7 @@ with static blocks, `_amax` is the grid of block amax and `_global_amax` the sca
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +18,8 @@ from torch import Tensor, nn
 from modelopt.core.errors import CalibrationError, ConfigError
 from modelopt.numerics import Format, parse
 from modelopt.torch import kernels
+from modelopt.torch.quantization.attributes import QuantizerAttributeConfig
 from modelopt.torch.quantization.nn.transforms import rotate
-
-if TYPE_CHECKING:
-    from modelopt.torch.quantization.config import QuantizerAttributeConfig
 
 BUFFERS = ("_amax", "_global_amax", "_amin", "_pre_quant_scale", "_bias_value")
 
@@ -52,8 +50,6 @@ class TensorQuantizer(nn.Module):
 
     def set_from_cfg(self, config: QuantizerAttributeConfig | dict[str, Any] | str) -> None:
         """Take format and attributes from `config` (a format name or algebra string also works); forget old statistics."""
-        from modelopt.torch.quantization.config import QuantizerAttributeConfig
-
         cfg = QuantizerAttributeConfig.parse({"format": config} if isinstance(config, str) else config)
         for name in BUFFERS:
             setattr(self, name, None)
