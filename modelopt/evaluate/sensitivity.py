@@ -84,7 +84,9 @@ def _pairs(original: nn.Module, quantized: nn.Module) -> Iterator[tuple[str, tup
         if new is None or new is old or not name:
             continue
         if hasattr(new, "quantized_tensors"):
-            if any(_is_on(child) for child in new.children()):
+            # An attention that holds quantized layers is no layer itself: its error would count theirs again.
+            holds_layers = any(hasattr(part, "quantized_tensors") for part in new.modules() if part is not new)
+            if _is_on(new) and not holds_layers:
                 yield name, (old, new)
         elif isinstance(old, nn.Linear) and _differ(old.weight, getattr(new, "weight", None)):
             yield name, (old, new)

@@ -72,6 +72,18 @@ def test_a_changed_weight_counts_and_a_quantizer_that_is_off_does_not():
     assert [r.name for r in rows] == ["2"] and rows[0].weight_error == pytest.approx(0.25) and rows[0].format == ""
 
 
+def test_a_quantized_module_that_holds_quantized_layers_is_left_out():
+    class Attention(nn.Sequential):
+        def quantized_tensors(self):
+            return iter(())
+
+    original = nn.Sequential(network())
+    other = copy.deepcopy(original)
+    quantize(other[0], 0, 0.1)
+    other[0].__class__ = Attention
+    assert [r.name for r in layer_errors(original, other, [torch.randn(5, 8)])] == ["0.0"]
+
+
 def test_pattern_and_bad_pairs():
     original = network()
     other = quantize(quantize(copy.deepcopy(original), 0, 0.1), 4, 0.05)
