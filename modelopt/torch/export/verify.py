@@ -5,8 +5,9 @@ The directory is loaded afresh, run on token ids, and its logits are compared wi
     weights   both without activation quantizers: what is in the files against what the model computes with
     full      both with them
 
-Everything runs in float32, so that what is seen is the checkpoint and not the order of bf16 sums; the tolerance is the rounding
-of weights to the model's dtype. Dynamic INT8 and MX inputs are scaled by compressed-tensors in its own way (amax / 127.5, and
+Everything runs in float32, so that what is seen is the checkpoint and not the order of bf16 sums; weights are rounded to the
+model's dtype first, as they are wherever it runs. What may differ is the last bit, and the rounding of the scales that
+pack-quantized keeps in bf16. Dynamic INT8 and MXFP4 inputs are scaled by compressed-tensors in its own way (amax / 127.5, and
 another rounding of the power of two), so there only `weights` has to agree and `full` is reported.
 The hf layout is converted into compressed-tensors terms first: codes and block scales stay, global scales are inverted.
 """
@@ -126,19 +127,27 @@ def _compare(
 ) -> VerifyResult:
     wanted = load(directory, mode="fake") if model is None else model
     asymmetric = any(r.weight_format is not None and not r.weight_format.symmetric for r in checkpoint.records())
-    consumer = _consumer(directory, checkpoint, asymmetric)
+    consumer, rounding = _consumer(directory, checkpoint, asymmetric)
     ids = _default_ids(checkpoint) if ids is None else ids
     comparable = all(_comparable(r.input_format) for r in checkpoint.records()) and not asymmetric
-    reference = _in_float32(wanted)
+    reference = _in_float32(wanted, rounding)
     plain = _logits(consumer, ids, inputs=False), _logits(reference, ids, inputs=False)
     full = plain if asymmetric else (_logits(consumer, ids, inputs=True), _logits(reference, ids, inputs=True))
     largest = float(full[1].abs().max())
     weights, whole = float((plain[0] - plain[1]).abs().max()), float((full[0] - full[1]).abs().max())
-    steps = {torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9}.get(checkpoint.dtype, 2.0**-15)
-    tolerance = steps * max(largest, 1e-6)
+    tolerance = _tolerance(read(directory)) * max(largest, 1e-6)
     ok = weights <= tolerance and (whole <= _full_tolerance(tolerance, checkpoint) or not comparable) and not conversion
     reason = "logits agree" if ok else conversion[0] if conversion else "logits differ by more than rounding"
     return VerifyResult(ok, layout, reason, weights, whole, tolerance, largest, ids.numel(), comparable, conversion)
+
+
+def _tolerance(checkpoint: Checkpoint) -> float:
+    """Return the difference to allow, relative to the largest logit: float32 sums, or scales with fewer bits."""
+    steps = {"bf16": 2.0**-7, "f16": 2.0**-10}
+    return (
+        max((steps.get(str(r.weight_format.stored_scale), 0.0) for r in checkpoint.records() if r.weight_format), default=0.0)
+        or 2.0**-15
+    )
 
 
 def _full_tolerance(tolerance: float, checkpoint: Checkpoint) -> float:
@@ -161,8 +170,11 @@ def _default_ids(checkpoint: Checkpoint) -> Tensor:
     return (torch.arange(64) * 7919 % vocabulary).reshape(2, 32)
 
 
-def _consumer(directory: Path, checkpoint: Checkpoint, dequantize: bool) -> nn.Module:
-    """Return the model as transformers loads it, decompressed, in float32."""
+def _consumer(directory: Path, checkpoint: Checkpoint, dequantize: bool) -> tuple[nn.Module, dict[str, torch.dtype]]:
+    """Return the model as transformers loads it, decompressed, in float32, and the dtype that each weight was rounded to.
+
+    Weights are rounded to the checkpoint's dtype, as they are in a model of that dtype; FP4 weights always come out in bfloat16.
+    """
     transformers = require("transformers", "hf")
     cls = huggingface.model_class(checkpoint.config)
     kwargs: dict[str, Any] = {}
@@ -176,33 +188,39 @@ def _consumer(directory: Path, checkpoint: Checkpoint, dequantize: bool) -> nn.M
         raise ExportError(f"transformers did not find {sorted(missing)[:3]} or found other shapes {info['mismatched_keys']}.")
     if hasattr(model, "ct_decompress_hook"):
         model.hf_quantizer.compressor.decompress_model(model)
-    for module in model.modules():  # FP4 weights come out in bfloat16 whatever the model's dtype is
+    rounding = {}
+    for name, module in model.named_modules():
         weight = module._parameters.get("weight")
-        if weight is not None and weight.is_floating_point() and weight.dtype != torch.float32:
-            weight.data = weight.data.float()
-    return model.eval()
+        if weight is not None and weight.is_floating_point():
+            rounding[name] = weight.dtype if weight.dtype != torch.float32 else checkpoint.dtype
+            weight.data = weight.data.to(rounding[name]).float()
+    return model.eval(), rounding
 
 
-def _in_float32(model: nn.Module) -> nn.Module:
-    """Return a copy that computes in float32 with the weights as the model rounds them in its own dtype."""
+def _in_float32(model: nn.Module, rounding: dict[str, torch.dtype]) -> nn.Module:
+    """Return a copy that computes in float32, its quantized weights rounded as `rounding` says."""
     from modelopt.torch.quantization.nn.modules import QuantModule
 
     twin = copy.deepcopy(model).eval()
     with torch.no_grad():
-        for module in twin.modules():
+        for name, module in twin.named_modules():
             if isinstance(module, QuantModule):
-                _fold(module)
+                _fold(module, rounding.get(name))
     return twin.float()
 
 
-def _fold(module: Any) -> None:
+def _fold(module: Any, dtype: torch.dtype | None) -> None:
     for qt in module.quantized_tensors():
         if qt.packed is not None:
             module._modules.pop(f"{qt.name}_packed")
-            module.register_parameter(qt.name, nn.Parameter(qt.packed(), requires_grad=False))
+            module.register_parameter(qt.name, nn.Parameter(_rounded(qt.packed(), dtype), requires_grad=False))
         elif qt.weight_quantizer.is_enabled:
-            qt.tensor.copy_(qt.weight_quantizer(qt.tensor))
+            qt.tensor.copy_(_rounded(qt.weight_quantizer(qt.tensor), dtype))
             qt.weight_quantizer.disable()
+
+
+def _rounded(value: Tensor, dtype: torch.dtype | None) -> Tensor:
+    return value if dtype is None else value.to(dtype).to(value.dtype)
 
 
 def _logits(model: nn.Module, ids: Tensor, inputs: bool) -> Tensor:
@@ -230,11 +248,11 @@ def _against_reader(directory: Path, model: nn.Module | None, ids: Tensor | None
         return VerifyResult(True, "hf", reason)
     checkpoint = read(directory)
     ids = _default_ids(checkpoint) if ids is None else ids
-    ours, wanted = _in_float32(load(directory, mode="fake")), _in_float32(model)
+    ours, wanted = _in_float32(load(directory, mode="fake"), {}), _in_float32(model, {})
     weights = float((_logits(ours, ids, False) - _logits(wanted, ids, False)).abs().max())
     a, b = _logits(ours, ids, True), _logits(wanted, ids, True)
     whole, largest = float((a - b).abs().max()), float(b.abs().max())
-    tolerance = {torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9}.get(checkpoint.dtype, 2.0**-15) * max(largest, 1e-6)
+    tolerance = _tolerance(checkpoint) * max(largest, 1e-6)
     ok = weights <= tolerance and whole <= _full_tolerance(tolerance, checkpoint)
     return VerifyResult(ok, "hf", reason, weights, whole, tolerance, largest, ids.numel())
 

@@ -49,28 +49,42 @@ def share_scales(model: nn.Module) -> list[tuple[str, ...]]:
     layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantModule)}
     groups = groups_of(layers)
     for group in groups:
-        _share([getattr(layers[name], "input_quantizer", None) for name in group], weights=False)
-        _share([getattr(layers[name], "weight_quantizer", None) for name in group], weights=True)
+        modules = [layers[name] for name in group]
+        _share([getattr(m, "input_quantizer", None) for m in modules])
+        _share_weights(modules)
     return list(groups)
 
 
-def _share(quantizers: list[nn.Module | None], weights: bool) -> None:
+def _share_weights(modules: list[QuantModule]) -> None:
+    members = [list(m.quantized_tensors()) for m in modules]
+    if any(len(one) != 1 or one[0].packed is not None for one in members):
+        return
+    quantizers = [one[0].weight_quantizer for one in members]
+    formats = {q.format if isinstance(q, TensorQuantizer) and q.is_enabled else None for q in quantizers}
+    fmt = formats.pop() if len(formats) == 1 else None
+    if fmt is None or not fmt.needs_global:
+        return
+    for quantizer, one in zip(quantizers, members, strict=True):
+        if quantizer.amax is None and fmt.dynamic:  # no algorithm ran; the range is what the weight itself has
+            quantizer.amax = one[0].tensor.detach().abs().amax().float()
+    _share(quantizers)
+
+
+def _share(quantizers: list[nn.Module | None]) -> None:
     ready = [q for q in quantizers if isinstance(q, TensorQuantizer) and q.is_enabled and q.amax is not None]
     formats = {q.format for q in ready}
     if len(ready) < 2 or len(ready) != len(quantizers) or len(formats) != 1:
         return
     fmt = formats.pop()
-    if fmt is None or (weights and not fmt.needs_global):
-        return
-    key = "_global_amax" if fmt.needs_global and not fmt.dynamic else "_amax"
+    key = "_global_amax" if fmt is not None and fmt.needs_global and not fmt.dynamic else "_amax"
     values = [_scalar(q, key) for q in ready]
     if any(v is None for v in values):
         return
     largest = torch.stack([v.to(ready[0].amax.device) for v in values if v is not None]).amax()
     for quantizer, old in zip(ready, values, strict=True):
-        if old is not None and not torch.equal(old, largest.to(old.device)):
-            like = getattr(quantizer, key)
-            setattr(quantizer, key, largest.to(old.device).reshape(() if like is None else like.shape))
+        like = getattr(quantizer, key)
+        if like is None or (old is not None and not torch.equal(old, largest.to(old.device))):
+            setattr(quantizer, key, largest.to(quantizer.amax.device).reshape(() if like is None else like.shape))
 
 
 def _scalar(quantizer: TensorQuantizer, key: str) -> Tensor | None:

@@ -20,7 +20,9 @@ def make_llama(dtype: torch.dtype = torch.float32, tie: bool = False) -> torch.n
         max_position_embeddings=64,
         tie_word_embeddings=tie,
     )
-    return transformers.LlamaForCausalLM(config).to(dtype).eval()
+    model = transformers.LlamaForCausalLM(config).to(dtype).eval()
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)  # stays float32 in a model that was loaded, too
+    return model
 
 
 @pytest.fixture(autouse=True, scope="session")
