@@ -63,10 +63,15 @@ def class_names(cls: type) -> tuple[str, ...]:
     return tuple(names)
 
 
-def load_plugins(model: nn.Module) -> None:
-    """Import the plugins of the frameworks that define classes of `model`, and let each look at the model."""
+def load_plugins(model: nn.Module) -> dict[nn.Module, str]:
+    """Import the plugins of the frameworks that define classes of `model`, and let each look at the model.
+
+    Returns the modules that must stay as they are, with the reason.
+    """
+    kept: dict[nn.Module, str] = {}
     for plugin in PLUGINS.load_for(model.modules()):
-        plugin.prepare(model)
+        kept.update(plugin.prepare(model))
+    return kept
 
 
 def plan(model: nn.Module) -> list[PlannedModule]:
@@ -75,9 +80,11 @@ def plan(model: nn.Module) -> list[PlannedModule]:
     >>> [p.full_name(q) for p in plan(nn.Sequential(nn.Linear(2, 2))) for q in p.quantizers]
     ['0.input_quantizer', '0.weight_quantizer', '0.output_quantizer']
     """
-    load_plugins(model)
+    kept = load_plugins(model)
     found = []
     for name, module in walk(model):
+        if module in kept:
+            continue
         if isinstance(module, QuantModule):
             found.append(PlannedModule(name, module, type(module), module.quantizers_of(module)))
             continue

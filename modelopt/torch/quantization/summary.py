@@ -19,7 +19,7 @@ from modelopt.core.match import DEFAULT
 from modelopt.torch.opt.mode import history
 from modelopt.torch.opt.surgery import original_class, walk
 from modelopt.torch.quantization.config import QuantizeConfig
-from modelopt.torch.quantization.conversion import class_names, named_quantizers, rule_name
+from modelopt.torch.quantization.conversion import class_names, load_plugins, named_quantizers, rule_name
 from modelopt.torch.quantization.nn.modules import QuantModule
 from modelopt.torch.quantization.rules import QuantizerRule, Target, applies
 
@@ -104,6 +104,7 @@ def _rules(model: nn.Module) -> tuple[QuantizerRule, ...]:
 
 def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor, tuple[str, bool] | None, tuple[str, ...], str]]:
     """Yield (name, tensor, (quantizer name, enabled) or None, class names, why it may be left) of Linear and expert weights."""
+    kept = load_plugins(model)
     for name, module in walk(model):
         prefix = f"{name}." if name else ""
         classes = class_names(original_class(module))
@@ -119,8 +120,9 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor, tuple[str, bool] |
                 continue
             kind = type(module).__name__
             if isinstance(module, nn.Linear) and weight == "weight":
-                yield prefix + weight, tensor, None, classes, f"{kind} has a forward of its own and no quantized class"
-            elif tensor.dim() >= 3:
+                reason = kept.get(module, f"{kind} has a forward of its own and no quantized class")
+                yield prefix + weight, tensor, None, classes, reason
+            elif tensor.dim() >= 3 or (weight == "weight" and tensor.dim() == 2 and not isinstance(module, nn.Embedding)):
                 yield prefix + weight, tensor, None, classes, f"{kind} has no quantized class"
 
 

@@ -13,18 +13,36 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from modelopt.torch.opt.surgery import walk
+from modelopt.torch.opt.surgery import original_class, walk
 from modelopt.torch.quantization.nn.modules.quant_module import QuantInputBase, QuantizedTensor, quantizes
 from modelopt.torch.quantization.nn.weight_cache import quantized_weight
 from modelopt.torch.quantization.plugins.hf_attention import register_attention
 from modelopt.torch.quantization.plugins.hf_experts import register_experts
 
+# Linear children whose weight their parent reads without calling them, so that a quantizer in them would never act.
+READ_DIRECTLY = {
+    "MambaMixer": ("dt_proj",),
+    "FalconMambaMixer": ("dt_proj",),
+    "JambaMambaMixer": ("dt_proj",),
+    "MobileBertLMPredictionHead": ("dense", "decoder"),
+}
 
-def prepare(model: nn.Module) -> None:
-    """Register quantized classes for the attention and expert classes of `model`. The model is not changed."""
+
+def prepare(model: nn.Module) -> dict[nn.Module, str]:
+    """Register quantized classes for the attention and expert classes of `model`. The model is not changed.
+
+    Returns the modules that must not be quantized, with the reason.
+    """
     modules = [module for _, module in walk(model)]
     register_experts(modules)
     register_attention({type(module) for module in modules})
+    kept = {}
+    for module in modules:
+        kind = original_class(module).__name__
+        for name in READ_DIRECTLY.get(kind, ()):
+            if name in module._modules:
+                kept[module._modules[name]] = f"{kind} reads this weight without calling its layer"
+    return kept
 
 
 @quantizes(Conv1D)
