@@ -151,10 +151,17 @@ def unmatched_patterns(rules: Iterable[QuantizerRule], names: Iterable[str], ign
 
 def warn_unmatched(rules: Iterable[QuantizerRule], names: Iterable[str], ignore: Iterable[str] = ()) -> list[str]:
     """Warn, with the nearest names, about every pattern that matches nothing; return those patterns."""
-    pool = list(names)
+    pool, rules = list(names), list(rules)
     found = unmatched_patterns(rules, pool, ignore)
     for pattern in found:
         near = nearest_names(pattern, pool)
         hint = f" Nearest: {', '.join(near)}." if near else ""
         warn(f'The pattern "{pattern}" matches no quantizer of this model.{hint}', stacklevel=4)
+    attention = [r.pattern for r in rules if r.cfgs and r.enable is not False and "bmm" in r.pattern]
+    if attention and not any("bmm" in name for name in pool):
+        warn(
+            f'"{attention[0]}" asks for a quantized KV cache or attention, but no attention of this model can be quantized: '
+            "none goes through the attention interface of transformers. It stays as it is.",
+            stacklevel=4,
+        )
     return found

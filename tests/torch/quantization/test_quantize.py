@@ -395,3 +395,8 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*lru_cache.*")
         yield
+
+
+def test_a_kv_cache_that_cannot_be_quantized_is_said():
+    with pytest.warns(ModelOptWarning, match="no attention of this model can be quantized"):
+        mtq.quantize(nn.Sequential(nn.Linear(32, 32)), mtq.FP8_KV_CFG, forward_loop=[torch.randn(2, 32)])
