@@ -8,7 +8,7 @@ The directory is loaded afresh, run on token ids, and its logits are compared wi
 Everything runs in float32, so that what is seen is the checkpoint and not the order of bf16 sums; weights are rounded to the
 model's dtype first, as they are wherever it runs. What may differ is the last bit, and the rounding of the scales that
 pack-quantized keeps in bf16. Dynamic INT8 and MXFP4 inputs are scaled by compressed-tensors in its own way (amax / 127.5, and
-another rounding of the power of two), so there only `weights` has to agree and `full` is reported.
+another rounding of the power of two) and inputs of fused experts not at all: there only `weights` has to agree.
 The hf layout is converted into compressed-tensors terms first: codes and block scales stay, global scales are inverted.
 """
 
@@ -31,9 +31,10 @@ from modelopt.torch.export import huggingface
 from modelopt.torch.export.checkpoint import Checkpoint, differences
 from modelopt.torch.export.files import write_json
 from modelopt.torch.export.readers import compressed_tensors as ct_reader
-from modelopt.torch.export.readers.model import load, read
+from modelopt.torch.export.readers.files import Tensors, read_json
+from modelopt.torch.export.readers.model import layer_targets, load, read
 from modelopt.torch.export.schemes import Scheme, input_scheme
-from modelopt.torch.export.writers.compressed_tensors import CompressedTensorsWriter
+from modelopt.torch.export.writers.compressed_tensors import CompressedTensorsWriter, quantization_config
 
 ULPS = 1  # of a global scale, which one layout stores as the reciprocal of the other's
 
@@ -99,8 +100,6 @@ def verify(directory: str | Path, model: nn.Module | None = None, input_ids: Ten
 
 
 def _is_compressed_tensors(directory: Path) -> bool:
-    from modelopt.torch.export.readers.files import read_json
-
     quantization = read_json(directory / "config.json").get("quantization_config") or {}
     return quantization.get("quant_method") == "compressed-tensors"
 
@@ -127,9 +126,14 @@ def _compare(
 ) -> VerifyResult:
     wanted = load(directory, mode="fake") if model is None else model
     asymmetric = any(r.weight_format is not None and not r.weight_format.symmetric for r in checkpoint.records())
+    if _fused_two_level(wanted, checkpoint):
+        reason = _layer_by_layer(directory, checkpoint)
+        return _against_reader(directory, model, ids, reason, layout)
     consumer, rounding = _consumer(directory, checkpoint, asymmetric)
     ids = _default_ids(checkpoint) if ids is None else ids
     comparable = all(_comparable(r.input_format) for r in checkpoint.records()) and not asymmetric
+    # transformers fuses experts into one tensor while it loads, and their inputs are then not quantized
+    comparable &= all(r.input_format is None or r.name in rounding for r in checkpoint.records())
     reference = _in_float32(wanted, rounding)
     plain = _logits(consumer, ids, inputs=False), _logits(reference, ids, inputs=False)
     full = plain if asymmetric else (_logits(consumer, ids, inputs=True), _logits(reference, ids, inputs=True))
@@ -139,6 +143,42 @@ def _compare(
     ok = weights <= tolerance and (whole <= _full_tolerance(tolerance, checkpoint) or not comparable) and not conversion
     reason = "logits agree" if ok else conversion[0] if conversion else "logits differ by more than rounding"
     return VerifyResult(ok, layout, reason, weights, whole, tolerance, largest, ids.numel(), comparable, conversion)
+
+
+def _fused_two_level(model: nn.Module, checkpoint: Checkpoint) -> bool:
+    """Return whether experts that transformers fuses have two-level scales: it drops the second level while it fuses them."""
+    experts = {name for name, (_, weight) in layer_targets(copy_structure(model)).items() if weight.expert is not None}
+    return any(r.name in experts and r.weight_format is not None and r.weight_format.needs_global for r in checkpoint.records())
+
+
+def copy_structure(model: nn.Module) -> nn.Module:
+    """Return the model if it has quantizers, else a weightless copy that has."""
+    from modelopt.torch.quantization.conversion import replace_quant_module
+    from modelopt.torch.quantization.nn.modules import QuantModule
+
+    if any(isinstance(m, QuantModule) for m in model.modules()):
+        return model
+    return replace_quant_module(copy.deepcopy(model).to("meta"))
+
+
+def _layer_by_layer(directory: Path, checkpoint: Checkpoint) -> str:
+    """Let compressed-tensors decompress every layer by itself; raise ExportError where it sees other values than our reader."""
+    compressors = require("compressed_tensors.compressors", "hf")
+    quantization = require("compressed_tensors.quantization", "hf")
+    config = quantization_config(checkpoint)
+    groups = [quantization.QuantizationScheme.model_validate(g) for g in config["config_groups"].values()]
+    tensors = Tensors(directory)
+    for record in checkpoint.records():
+        scheme = next((g for g in groups if record.name in g.targets), groups[0])
+        local = {k.removeprefix(f"{record.name}."): tensors[k] for k in tensors if k.rpartition(".")[0] == record.name}
+        compressor = compressors.BaseCompressor.get_value_from_registry(str(getattr(scheme.format, "value", scheme.format)))
+        theirs = compressor.decompress(local, scheme)["weight"]
+        q = record.quantized()
+        if q is None or not torch.equal(theirs.float(), q.dequantize(theirs.dtype).float()):
+            raise ExportError(f"compressed-tensors sees other values in {record.name} than our reader.")
+    return (
+        "transformers cannot load fused experts with two-level scales; compressed-tensors decompresses each layer to equal values"
+    )
 
 
 def _tolerance(checkpoint: Checkpoint) -> float:
@@ -242,10 +282,12 @@ def _logits(model: nn.Module, ids: Tensor, inputs: bool) -> Tensor:
             one()
 
 
-def _against_reader(directory: Path, model: nn.Module | None, ids: Tensor | None, reason: str) -> VerifyResult:
+def _against_reader(
+    directory: Path, model: nn.Module | None, ids: Tensor | None, reason: str, layout: str = "hf"
+) -> VerifyResult:
     """Compare our reader's model of the directory with the exported one, where no foreign consumer exists."""
     if model is None:
-        return VerifyResult(True, "hf", reason)
+        return VerifyResult(True, layout, reason)
     checkpoint = read(directory)
     ids = _default_ids(checkpoint) if ids is None else ids
     ours, wanted = _in_float32(load(directory, mode="fake"), {}), _in_float32(model, {})
@@ -254,7 +296,7 @@ def _against_reader(directory: Path, model: nn.Module | None, ids: Tensor | None
     whole, largest = float((a - b).abs().max()), float(b.abs().max())
     tolerance = _tolerance(checkpoint) * max(largest, 1e-6)
     ok = weights <= tolerance and whole <= _full_tolerance(tolerance, checkpoint)
-    return VerifyResult(ok, "hf", reason, weights, whole, tolerance, largest, ids.numel())
+    return VerifyResult(ok, layout, reason, weights, whole, tolerance, largest, ids.numel())
 
 
 def write_result(result: VerifyResult, path: Path) -> None:

@@ -67,7 +67,8 @@ def _wrap_loader(original: Callable[..., Any]) -> Callable[..., Any]:
         model: nn.Module, state_dict: Any, checkpoint_files: list[str] | None, load_config: Any, *args: Any, **kw: Any
     ) -> Any:
         path = _state_path(load_config, checkpoint_files)
-        if path is None:
+        # An exported directory tells its story in a modelopt.json too, but its tensors are those of a quantization_config.
+        if path is None or load_config.hf_quantizer is not None:
             return original(model, state_dict, checkpoint_files, load_config, *args, **kw)
         if replay(model, parse_state(load_modelopt_state(path), where=str(path)), str(path)) is not model:
             raise CheckpointError(f"{path} holds a step that wraps the model, which transformers cannot load. Use `restore`.")

@@ -228,3 +228,36 @@ def test_a_compressed_model_exports_the_same_codes(tmp_path, llama, ids):
     before = collect(model)
     kept = before.map_layers(lambda r: type(r)(**{**r.__dict__, "weight": r.quantized()}))
     assert differences(kept, collect(mtq.compress(model))) == []
+
+
+def test_transformers_loads_an_export_while_it_knows_of_modelopt_json(tmp_path, quantized):
+    from modelopt.torch.opt import disable_huggingface_checkpointing, enable_huggingface_checkpointing
+
+    model = quantized(mtq.FP8_DEFAULT_CFG)
+    export(model, tmp_path / "out")
+    enable_huggingface_checkpointing()
+    try:
+        assert verify(tmp_path / "out", model).ok
+    finally:
+        disable_huggingface_checkpointing()
+
+
+def test_weights_are_packed_one_at_a_time(tmp_path, quantized, monkeypatch):
+    """No more than one packed weight is alive while shards are written."""
+    import weakref
+
+    from modelopt.torch.export.checkpoint import Deferred
+
+    alive: list[weakref.ref] = []
+    most = []
+    real = Deferred.quantized
+
+    def spy(self):
+        q = real(self)
+        alive.append(weakref.ref(q.codes))
+        most.append(sum(r() is not None for r in alive))
+        return q
+
+    monkeypatch.setattr(Deferred, "quantized", spy)
+    export(quantized(mtq.NVFP4_DEFAULT_CFG), tmp_path / "out", "hf")
+    assert len(most) == 14 and max(most) <= 2  # the one being made, and the one just handed over

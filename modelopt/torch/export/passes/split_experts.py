@@ -16,29 +16,21 @@ from torch import Tensor, nn
 from modelopt.torch.export import huggingface
 from modelopt.torch.export.checkpoint import Deferred, LayerRecord
 
-_DEFAULT = {
-    "gate_up_proj": ("gate_proj", "up_proj"),
-    "gate_proj": ("gate_proj",),
-    "up_proj": ("up_proj",),
-    "down_proj": ("down_proj",),
-}
+PARTS = {"gate_up_proj": 2}
 
 
 def expert_records(
     model: nn.Module, name: str, parameter: str, members: list[Any], make: Callable[[str, str, Any, Tensor], LayerRecord]
 ) -> list[LayerRecord]:
     """Return the records of a fused parameter; `members` are its quantized tensors, one for each expert, each [out, in]."""
-    parts = len(_DEFAULT.get(parameter, ("",)))
+    parts = PARTS.get(parameter, 1)
     names = huggingface.expert_names(model, f"{name}.{parameter}", len(members), parts)
-    if names is None and parameter in _DEFAULT:
-        names = [[f"{name}.{e}.{part}" for part in _DEFAULT[parameter]] for e in range(len(members))]
     records = []
     for index, qt in enumerate(members):
         whole = make(f"{name}.{index}", "Linear", qt, qt.tensor)
-        if names is None:
-            records.append(
-                replace(whole, name=f"{name}.{index}.{parameter}", note=f"{parameter} has no per-expert name in checkpoints")
-            )
+        if names is None or getattr(qt, "interleaved", False):
+            note = f"checkpoints of {type(model).__name__} keep {parameter} fused, and no layout has a packed form of that"
+            records.append(replace(whole, name=f"{name}.{index}.{parameter}", note=note))
             continue
         records += [replace(r, name=n) for r, n in zip(_split(whole, parts), names[index], strict=True)]
     return records

@@ -5,6 +5,7 @@ Tensors are read one at a time (the files are mapped), so a checkpoint larger th
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from modelopt.core.config import load_json
 from modelopt.core.errors import CheckpointError, ConfigError
 
 INDEX = "model.safetensors.index.json"
+MAX_INDEX_BYTES = 64 * 2**20
 
 
 class Tensors(Mapping[str, Tensor]):
@@ -50,7 +52,7 @@ class Tensors(Mapping[str, Tensor]):
             )
         self._index: dict[str, str] = {}
         if (self.directory / INDEX).is_file():
-            data = read_json(self.directory / INDEX)
+            data = _read_index(self.directory / INDEX)
             weight_map = data.get("weight_map")
             if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
                 raise CheckpointError(f"{self.directory / INDEX} has no weight_map of names to files.")
@@ -92,13 +94,26 @@ class Tensors(Mapping[str, Tensor]):
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object of at most 4 MiB (64 MiB for the index of a large model). Raises CheckpointError."""
+    """Read a JSON object of at most 4 MiB. Raises CheckpointError."""
     if not path.is_file():
         raise CheckpointError(f"{path} is missing.")
     try:
         data = load_json(path)
     except ConfigError as error:
         raise CheckpointError(str(error)) from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} is no JSON object.")
+    return data
+
+
+def _read_index(path: Path) -> dict[str, Any]:
+    """Read an index, which names every tensor and may be larger than a configuration."""
+    if path.stat().st_size > MAX_INDEX_BYTES:
+        raise CheckpointError(f"{path} has {path.stat().st_size} bytes; at most {MAX_INDEX_BYTES} are read.")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not JSON: {error}.") from error
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} is no JSON object.")
     return data

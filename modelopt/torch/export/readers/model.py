@@ -17,10 +17,12 @@ from modelopt.core.errors import CheckpointError
 from modelopt.numerics.formats import Format
 from modelopt.torch.export import huggingface
 from modelopt.torch.export.checkpoint import Checkpoint, LayerRecord
+from modelopt.torch.export.passes.split_experts import PARTS
 from modelopt.torch.export.readers import READERS
 from modelopt.torch.export.readers.files import read_json
 from modelopt.torch.quantization.conversion import replace_quant_module
 from modelopt.torch.quantization.nn.modules.packed import PackedTensor
+from modelopt.torch.quantization.nn.modules.quant_module import QuantizedTensor, QuantModule
 
 Load = Literal["dequantized", "fake", "packed"]
 
@@ -96,19 +98,16 @@ def _fill(model: nn.Module, tensors: dict[str, Tensor], tied: dict[str, str]) ->
 def attach_quantizers(model: nn.Module, checkpoint: Checkpoint, packed: bool = False) -> nn.Module:
     """Give a dequantized model the input (and key-value) quantizers of `checkpoint`, in place; optionally pack its weights."""
     replace_quant_module(model)
-    names = huggingface.layer_names(model, [n for n, m in model.named_modules() if hasattr(m, "input_quantizer")])
-    modules = {checkpoint_name: name for name, checkpoint_name in names.items()}
+    targets = layer_targets(model)
     for record in checkpoint.records():
-        if record.name not in modules:
-            if record.input_format is None and not packed:
-                continue  # an expert of a fused tensor: its weight is in the model, and nothing else belongs to it
-            raise CheckpointError(f"The model has no module {record.name}, whose input the checkpoint quantizes.")
-        module: Any = model.get_submodule(modules[record.name])
+        if record.name not in targets:
+            raise CheckpointError(f"The {type(model).__name__} has no layer {record.name}, which the checkpoint quantizes.")
+        module, weight = targets[record.name]
         if record.input_format is not None:
-            _set(module.input_quantizer, record.input_format, record.input_scale)
+            _set(weight.input_quantizer, record.input_format, record.input_scale)
         if record.pre_quant_scale is not None:
-            module.input_quantizer.pre_quant_scale = record.pre_quant_scale
-        if packed:
+            weight.input_quantizer.pre_quant_scale = record.pre_quant_scale
+        if packed and weight.expert is None:  # fused experts have no packed form in memory
             _pack(module, record)
     for kv in checkpoint.kv.values():
         module = model.get_submodule(kv.name)
@@ -117,6 +116,24 @@ def attach_quantizers(model: nn.Module, checkpoint: Checkpoint, packed: bool = F
         _set(module.k_bmm_quantizer, kv.format, kv.k_scale)
         _set(module.v_bmm_quantizer, kv.format, kv.v_scale)
     return model
+
+
+def layer_targets(model: nn.Module) -> dict[str, tuple[Any, QuantizedTensor]]:
+    """Return (module, weight) for each layer name that a checkpoint of this model can have."""
+    found: dict[str, tuple[Any, QuantizedTensor]] = {}
+    plain: dict[str, tuple[Any, QuantizedTensor]] = {}
+    for name, module in model.named_modules():
+        fused: dict[str, list[QuantizedTensor]] = {}
+        for weight in module.quantized_tensors() if isinstance(module, QuantModule) else ():
+            if weight.expert is None:
+                plain[name] = (module, weight)
+            else:
+                fused.setdefault(weight.name, []).append(weight)
+        for parameter, members in fused.items():
+            names = huggingface.expert_names(model, f"{name}.{parameter}", len(members), PARTS.get(parameter, 1)) or []
+            found.update({n: (module, w) for w, pieces in zip(members, names, strict=False) for n in pieces})
+    names_on_disk = huggingface.layer_names(model, list(plain))
+    return {**found, **{names_on_disk[name]: target for name, target in plain.items()}}
 
 
 def _set(quantizer: Any, fmt: Format, scale: Tensor | None) -> None:

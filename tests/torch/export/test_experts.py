@@ -1,0 +1,61 @@
+"""Fused experts leave as one matrix for each expert, under the names that checkpoints use, and come back fused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import modelopt.torch.quantization as mtq
+from modelopt.core.errors import ExportError
+from modelopt.torch.export import export, load, read, verify
+
+transformers = pytest.importorskip("transformers")
+SIZES = {
+    "hidden_size": 128,
+    "intermediate_size": 128,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "vocab_size": 256,
+    "max_position_embeddings": 64,
+}
+
+
+def make(name: str, **more) -> torch.nn.Module:
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**SIZES, **more)
+    return getattr(transformers, f"{name}ForCausalLM")(config).eval()
+
+
+MODELS = {
+    "Mixtral": ({"num_local_experts": 4}, "model.layers.0.block_sparse_moe.experts.3.w1", "model.layers.0.block_sparse_moe.gate"),
+    "Qwen3Moe": (
+        {"num_experts": 4, "moe_intermediate_size": 128, "num_experts_per_tok": 2},
+        "model.layers.0.mlp.experts.3.gate_proj",
+        "model.layers.0.mlp.gate",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(MODELS))
+@pytest.mark.parametrize("preset, writer", [("INT8_WEIGHT_ONLY_CFG", "hf"), ("NVFP4_DEFAULT_CFG", "compressed-tensors")])
+def test_experts_leave_one_by_one_and_come_back(tmp_path, ids, name, preset, writer):
+    more, expert, router = MODELS[name]
+    model = mtq.quantize(make(name, **more), getattr(mtq, preset), forward_loop=lambda m: m(input_ids=ids))
+    export(model, tmp_path / "out", writer)
+    checkpoint = read(tmp_path / "out")
+    assert expert in checkpoint.layers and router in checkpoint.unquantized and f"{router}.weight" in checkpoint.tensors
+    assert len([n for n in checkpoint.layers if "experts" in n]) == 12
+    back = load(tmp_path / "out", "fake")
+    with torch.no_grad():
+        difference = (back(input_ids=ids).logits - model(input_ids=ids).logits).abs().max()
+    assert difference < 1e-5
+    result = verify(tmp_path / "out", model)
+    assert result.ok, str(result)
+
+
+def test_experts_that_checkpoints_keep_fused_are_refused(tmp_path, ids):
+    model = mtq.quantize(make("GptOss", num_local_experts=4), mtq.INT8_WEIGHT_ONLY_CFG)
+    with pytest.raises(ExportError, match="keep gate_up_proj fused"):
+        export(model, tmp_path / "out")
