@@ -172,12 +172,12 @@ def _int4(size: int) -> Preset:
 
 
 SCHEMES: dict[str, tuple[Preset, str]] = {
-    "int8": (INT8_DEFAULT_CFG, "INT8 weights per channel, INT8 activations per tensor (W8A8)"),
-    "int8-wo": (INT8_WEIGHT_ONLY_CFG, "INT8 weights per channel, activations untouched"),
-    "int8-pc-pt": (
+    "int8": (
         _both(INT8_CHANNEL, {"num_bits": 8, "type": "dynamic", "block_sizes": {-1: None}}, "max"),
-        "INT8 weights per channel, INT8 activations per token, dynamic",
+        "INT8 weights per channel, INT8 activations per token, dynamic (W8A8)",
     ),
+    "int8-static": (INT8_DEFAULT_CFG, "INT8 weights per channel, INT8 activations per tensor (W8A8)"),
+    "int8-wo": (INT8_WEIGHT_ONLY_CFG, "INT8 weights per channel, activations untouched"),
     "fp8": (FP8_DEFAULT_CFG, "FP8 E4M3 weights and activations, one scale per tensor"),
     "fp8-pc-pt": (FP8_PER_CHANNEL_PER_TOKEN_CFG, "FP8 weights per channel, activations per token, dynamic"),
     "fp8-block": (FP8_2D_BLOCKWISE_WEIGHT_ONLY_CFG, "FP8 weights in tiles of 128 x 128, activations untouched"),
