@@ -1,7 +1,7 @@
 """One model in many formats: quantize, compare with the original, measure the size, each on the same text.
 
 The original is kept in float32, where its stored values are exact; every candidate is a copy of it, quantized and then freed.
-Sizes are the bytes that the first layout which fits would write, in the model's stored type (`recipes/plan.py`).
+Sizes are the bytes that the layout would write, in the model's stored type (`recipes/plan.py`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from modelopt.core.logging import Progress, null_progress
 from modelopt.evaluate.kl import Reference
 from modelopt.evaluate.report import Row
 from modelopt.evaluate.sensitivity import layer_errors
-from modelopt.recipes.load import parse_recipe
+from modelopt.recipes.load import Recipe, parse_recipe
 from modelopt.recipes.plan import plan_source
 from modelopt.recipes.run import forward_loop, report_row
 from modelopt.recipes.source import Source, load_model
@@ -52,6 +52,7 @@ def sweep(
     scored: Tensor,
     calibration: Tensor,
     *,
+    layout: str = "auto",
     batch_size: int = 1,
     error_windows: int = 1,
     progress: Progress = null_progress,
@@ -61,6 +62,7 @@ def sweep(
 
     Args:
         scored: int64 [n, length] token windows on which the models are compared.
+        layout: the layout whose bytes are counted; `auto` is the first that fits each format.
         calibration: int64 [m, length] token windows for the formats that need data.
         error_windows: how many of the scored windows serve the per-layer errors (0: none).
         finished: called with each row as soon as it is known.
@@ -72,7 +74,12 @@ def sweep(
     rows, seconds = [], []
     for done, one in enumerate(candidates):
         progress(done, len(candidates), "all formats")
-        row, took = _candidate(source, original, one, reference, scored[:error_windows], calibration, batch_size, progress)
+        recipe = parse_recipe(
+            {"model": source.name, "steps": [{"mode": "quantize", "config": one.scheme}], "export": {"layout": layout}}
+        )
+        row, took = _candidate(
+            source, original, one.name, recipe, reference, scored[:error_windows], calibration, batch_size, progress
+        )
         rows.append(row)
         seconds.append(took)
         if finished is not None:
@@ -84,26 +91,26 @@ def sweep(
 def _candidate(
     source: Source,
     original: nn.Module,
-    one: Candidate,
+    name: str,
+    recipe: Recipe,
     reference: Reference,
     error_windows: Tensor,
     calibration: Tensor,
     batch_size: int,
     progress: Progress,
 ) -> tuple[Row, float]:
-    recipe = parse_recipe({"model": source.name, "steps": [{"mode": "quantize", "config": one.scheme}]})
     plan = plan_source(source, recipe)
     model = copy.deepcopy(original)
     loop: Any = None
     if plan.needs_data:
-        loop = forward_loop(calibration, batch_size, lambda done, total, what: progress(done, total, f"{one.name}: {what}"))
+        loop = forward_loop(calibration, batch_size, lambda done, total, what: progress(done, total, f"{name}: {what}"))
     start = time.perf_counter()
     apply_mode(model, resolve_steps(recipe), registry=QuantizeModeRegistry, mode_kwargs={"forward_loop": loop})
     quantizing = time.perf_counter() - start
-    found = reference.compare(model, progress=progress, what=f"{one.name}: compare")
+    found = reference.compare(model, progress=progress, what=f"{name}: compare")
     layers = []
     if len(error_windows):
         layers = layer_errors(original, model, error_windows)
     del model
     gc.collect()
-    return report_row(one.name, plan, found, quantizing, layers), found.seconds
+    return report_row(name, plan, found, quantizing, layers), found.seconds
