@@ -55,7 +55,8 @@ def _explain(cls: type[Config], error: ValidationError, where: str) -> str:
             hint = did_you_mean(str(item["loc"][-1]), known)
             lines.append(f'unknown key "{path}".{hint} Known keys: {", ".join(known)}')
         else:
-            lines.append(f'"{path}" = {_shorten(item.get("input"))}: {item["msg"]}')
+            place = f'"{path}" = ' if path else ""
+            lines.append(f"{place}{_shorten(item.get('input'))}: {item['msg'].removeprefix('Value error, ')}")
     return f"{where or cls.__name__}: " + "; ".join(lines) + "."
 
 

@@ -127,7 +127,7 @@ def compute_scales(amax: Tensor, fmt: Format, global_amax: Tensor | None = None,
         return _zero_point_scales(amax, amin, fmt)
     if isinstance(fmt.scale, Format):
         return _two_level_scales(amax, global_amax, fmt, fmt.scale)
-    ratio = amax / fmt.element.max
+    ratio = _over(amax, fmt.element.max)
     if fmt.scale.name == "e8m0":
         codes = _e8m0_codes(ratio, amax, fmt)
         return Scales(e8m0_values(codes), (codes,))
@@ -139,10 +139,10 @@ def _two_level_scales(amax: Tensor, given: Tensor | None, fmt: Format, inner: Fo
     top_scale = inner.scale
     if isinstance(top_scale, Format):
         raise FormatError(f"{fmt}: more than two levels of scales.")
-    ratio = amax / fmt.element.max
+    ratio = _over(amax, fmt.element.max)
     top = {"46": fmt.element.max * FOUR_OVER_SIX_TOP, "fp8": inner.element.max}.get(fmt.rule, fmt.element.max * inner.element.max)
     outer_amax = block_amax(amax, inner) if given is None else given.float().reshape(inner.grid(amax.shape))
-    outer = cast_scale(outer_amax / top, top_scale)
+    outer = cast_scale(_over(outer_amax, top), top_scale)
     wide_outer = spread(outer, inner.block, amax.shape)
     codes = cast_scale(ratio / wide_outer, inner.element)
     return Scales(codes * wide_outer, (store_scale(codes, inner.element), store_scale(outer, top_scale)))
@@ -153,9 +153,14 @@ def _zero_point_scales(amax: Tensor, amin: Tensor | None, fmt: Format) -> Scales
         raise FormatError(f"{fmt}: a zero point goes with one float scale.")
     lo = torch.zeros_like(amax) if amin is None else amin.float().reshape(amax.shape).clamp(max=0.0)
     hi = amax.clamp(min=0.0)
-    scale = cast_scale((hi - lo) / (fmt.element.max - fmt.element.min), fmt.scale)
+    scale = cast_scale(_over(hi - lo, fmt.element.max - fmt.element.min), fmt.scale)
     zero = fmt.element.cast(fmt.element.min - lo / scale)
     return Scales(scale, (store_scale(scale, fmt.scale),), zero)
+
+
+def _over(x: Tensor, divisor: float) -> Tensor:
+    # A tensor as divisor: on CUDA, torch multiplies by the rounded reciprocal of a Python number instead of dividing.
+    return x / torch.full((), divisor, device=x.device)
 
 
 def cast_scale(ratio: Tensor, scale: Element) -> Tensor:
@@ -328,14 +333,18 @@ def dequantize(q: Quantized, dtype: torch.dtype | None = None) -> Tensor:
     dtype = dtype or q.dtype
     if q.codes.numel() == 0:
         return torch.zeros(q.shape, dtype=dtype, device=q.codes.device)
-    fmt = q.format
-    shape = q.shape if len(q.shape) else torch.Size((1,))
+    scales = Scales(effective_scale(q.scales, q.format), (), None if q.zero is None else q.zero.float())
+    return decode(q.unpacked(), scales, q.format).to(dtype)
+
+
+def decode(codes: Tensor, scales: Scales, fmt: Format) -> Tensor:
+    """Return the float32 values of raw `codes` (uint8, one per element) under `scales`."""
+    shape = codes.shape if codes.dim() else torch.Size((1,))
     sizes = fmt.block.sizes(shape)
     grid = [-(-n // b) for n, b in zip(shape, sizes, strict=True)]
-    codes = to_blocks(fmt.element.decode(q.unpacked().reshape(shape)), sizes)
-    zero = None if q.zero is None else per_block(q.zero.float(), grid)
-    scale = per_block(effective_scale(q.scales, fmt), grid)
-    return _dequantize_blocks(codes, scale, zero, fmt, q.shape).to(dtype)
+    blocks = to_blocks(fmt.element.decode(codes.reshape(shape)), sizes)
+    zero = None if scales.zero is None else per_block(scales.zero, grid)
+    return _dequantize_blocks(blocks, per_block(scales.effective, grid), zero, fmt, codes.shape)
 
 
 def check(x: Tensor, fmt: Format) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor
 from modelopt.core.errors import CalibrationError, CheckpointError
 from modelopt.numerics import Block, parse
 from modelopt.torch import kernels
+from modelopt.torch.kernels.chunks import block_range
 
 WHOLE = Block(("...",))
 
@@ -133,8 +134,6 @@ class MinMax(Statistic):
         return {"block": str(self.block)}
 
     def reduce(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, ...]:
-        from modelopt.numerics.reference import block_range
-
         if mask is not None:
             x = x.masked_fill(~mask, 0)
         return block_range(x, parse(f"u8{self.block}*f32+u8"))

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from modelopt.numerics import Format, Scales
+from modelopt.numerics import Format, Quantized, Scales, packing
 from modelopt.numerics import reference as law
 from modelopt.numerics.blocks import Block, canonical, from_blocks, spread
 
@@ -61,6 +61,24 @@ def chunked_amax(p: Plan) -> Tensor:
     return out
 
 
+def chunked_range(p: Plan) -> tuple[Tensor, Tensor]:
+    """Return (min, max) of each block with zero included, float32, in the canonical grid."""
+    low, high = (torch.zeros(p.grid, dtype=torch.float32, device=p.x.device) for _ in range(2))
+    for rows, grid in p.slices():
+        lo, hi = law.block_range(p.x[rows], _fitted(p, rows))
+        low[grid] = torch.minimum(low[grid], lo.reshape(low[grid].shape))
+        high[grid] = torch.maximum(high[grid], hi.reshape(high[grid].shape))
+    return low, high
+
+
+def block_range(x: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
+    """Return `reference.block_range` of `x`, reading it chunk by chunk."""
+    if x.numel() == 0:
+        return law.block_range(x, fmt)
+    low, high = chunked_range(plan(x, fmt))
+    return low.reshape(fmt.grid(x.shape)), high.reshape(fmt.grid(x.shape))
+
+
 def _fitted(p: Plan, rows: slice) -> Format:
     if p.split:
         return p.fmt
@@ -71,11 +89,10 @@ def find_scales(x: Tensor, fmt: Format, amax: Tensor | None, global_amax: Tensor
     """Return `reference.find_scales` of `x` (not empty), reading `x` chunk by chunk where a range is not given."""
     amax, global_amax, amin = law.given_range(x.shape, fmt, amax, global_amax, amin)
     if amax is None:
-        p = plan(x, fmt)
         if fmt.zero is not None:
-            lo, hi = law.block_range(p.x, p.fmt)
-            amax, amin = hi.reshape(fmt.grid(x.shape)), lo.reshape(fmt.grid(x.shape))
+            amin, amax = block_range(x, fmt)
         else:
+            p = plan(x, fmt)
             amax = chunked_amax(p)
             if fmt.rule == "46":
                 global_amax = amax.amax() if global_amax is None else global_amax
@@ -120,3 +137,36 @@ def chunked_codes(x: Tensor, fmt: Format, scales: Scales) -> Tensor:
         blocks = law.quantize_blocks(p.x[rows].float(), part, _fitted(p, rows))[0]
         out[rows] = fmt.element.encode(from_blocks(blocks, p.x[rows].shape))
     return out
+
+
+def packed(codes: Tensor, bits: int) -> Tensor:
+    """Return `packing.pack_bits(codes, bits)`, made from a few rows at a time."""
+    rows = codes.reshape(-1, codes.shape[-1])
+    out = torch.empty((rows.shape[0], packing.packed_size(rows.shape[1], bits)), dtype=torch.uint8, device=codes.device)
+    step = max(CHUNK // rows.shape[1], 1)
+    for i in range(0, rows.shape[0], step):
+        out[i : i + step] = packing.pack_bits(rows[i : i + step], bits)
+    return out.reshape(*codes.shape[:-1], out.shape[1])
+
+
+def unpacked(packed_codes: Tensor, bits: int, shape: torch.Size) -> Tensor:
+    """Return the raw codes (uint8, not empty) of `shape`, unpacked from a few rows at a time."""
+    n = shape[-1] if len(shape) else 1
+    rows = packed_codes.reshape(-1, packed_codes.shape[-1])
+    out = torch.empty((rows.shape[0], n), dtype=torch.uint8, device=rows.device)
+    step = max(CHUNK // n, 1)
+    for i in range(0, rows.shape[0], step):
+        out[i : i + step] = packing.unpack_bits(rows[i : i + step], bits, n)
+    return out.reshape(shape)
+
+
+def chunked_values(q: Quantized) -> Tensor:
+    """Return the values that `q` (not empty) stands for, in its dtype and shape, contiguous."""
+    p = plan(unpacked(q.codes, q.format.element.bits, q.shape), q.format)
+    out = torch.empty(p.x.shape, dtype=q.dtype, device=q.codes.device)
+    effective = law.effective_scale(q.scales, q.format).reshape(p.grid)
+    zero = None if q.zero is None else q.zero.float().reshape(p.grid)
+    for rows, grid in p.slices():
+        part = Scales(effective[grid], (), None if zero is None else zero[grid])
+        out[rows] = law.decode(p.x[rows], part, _fitted(p, rows))
+    return out.reshape(q.shape)

@@ -231,6 +231,8 @@ def apply_mode(
 
         apply_mode(model, [("quantize", mtq.INT8_DEFAULT_CFG)])
     """
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"A {type(model).__name__} is no model; give a torch.nn.Module.")
     table = ModeRegistry if registry is None else registry
     wanted = parse_steps(mode)
     runtime = _spread(mode_kwargs, len(wanted))

@@ -27,7 +27,7 @@ _WHERE = {
     ),
     "presets": "get_config update_quant_cfg_with_kv_cache_quant PRESETS SCHEMES",
     "nn.modules": "QuantModuleRegistry TensorQuantizer SequentialQuantizer QuantModule QuantLinear",
-    "nn.weight_cache": "set_weight_cache_budget",
+    "nn.modules.weight_cache": "set_weight_cache_budget",
 }
 _NAMES = {name: module for module, names in _WHERE.items() for name in names.split()}
 _SUBMODULES = ("nn", "calib", "backends", "config", "presets", "mode", "conversion", "model_quant", "model_calib", "tensor_quant")
@@ -44,6 +44,8 @@ def __getattr__(name: str) -> Any:
         presets = importlib.import_module(f"{__name__}.presets")
         if hasattr(presets, name):
             return getattr(presets, name)
+        hint = importlib.import_module("modelopt.core.errors").did_you_mean(name, presets.PRESETS)
+        raise AttributeError(f"module {__name__!r} has no preset {name!r}.{hint}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

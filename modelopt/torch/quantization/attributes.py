@@ -21,7 +21,7 @@ from modelopt.core.errors import ConfigError, ModelOptError, did_you_mean
 from modelopt.numerics.formats import Format, named, parse
 
 FLOATS = ((4, 3), (5, 2), (2, 1), (1, 2), (0, 3), (3, 0), (3, 2), (2, 3))
-BLOCK_KEYS = ("type", "scale_bits", "scale_block_sizes", "four_over_six")
+BLOCK_KEYS = ("type", "scale_bits", "scale_block_sizes", "scale_rule", "four_over_six")
 CONSTANT_AMAX = 448.0
 _FLOAT_NAME = re.compile(r"^e(\d)m(\d)$")
 
@@ -192,6 +192,8 @@ class QuantizerAttributeConfig(Config):
     def _spell(self, element: str) -> str:
         """Return the algebra string of `element` at the granularity of axis, block_sizes and type."""
         sizes = self.block_sizes or {}
+        if "type" in self.model_fields_set and sizes.get("type", self.type) != self.type:
+            raise ConfigError(f'"type" is "{self.type}", and "{sizes["type"]}" inside block_sizes. Keep one of them.')
         mark = "~" if "dynamic" in (self.type, sizes.get("type")) else ""
         if self.block_sizes is None:
             return f"{element}{_axis_block(self.axis)}{mark}*f32"
@@ -211,6 +213,11 @@ class QuantizerAttributeConfig(Config):
             raise ConfigError(f'"unsigned": True contradicts "format": "{self.format}", whose values are {element.name}.')
         if self.narrow_range and not element.name.endswith("n"):
             raise ConfigError(f'"narrow_range": True contradicts "format": "{self.format}", whose values are {element.name}.')
+        if "type" in given and (self.type == "dynamic") != base.dynamic:
+            kind = "dynamic" if base.dynamic else "static"
+            raise ConfigError(
+                f'"type": "{self.type}" contradicts "format": "{self.format}", which is {kind} ({base}). Remove "type".'
+            )
         if given & {"axis", "block_sizes", "type"} and (self.axis, self.block_sizes) != (None, None):
             spelled = self._spell(element.name)
             if parse(spelled) != base:
@@ -251,6 +258,8 @@ def _check_block_key(key: str, value: Any) -> None:
         )
     if key == "type" and value not in ("static", "dynamic"):
         raise ValueError(f"type is {value!r}; it is 'static' or 'dynamic'")
+    if key == "scale_rule" and not isinstance(value, str):
+        raise ValueError(f"scale_rule is {value!r}; it is the name of a rule of docs/formats.md, such as 'fp8' or 'floor'")
 
 
 def _axis_block(axis: int | tuple[int, ...] | None) -> str:
@@ -281,13 +290,19 @@ def _scale(sizes: dict[int | str, Any]) -> str:
     outer = sizes.get("scale_block_sizes")
     if sizes.get("four_over_six") and bits != (4, 3):
         raise ConfigError(f'"four_over_six" needs "scale_bits": (4, 3), got {bits}.')
+    rule = sizes.get("scale_rule") or ("46" if sizes.get("four_over_six") else "")
+    if rule and sizes.get("four_over_six") and rule != "46":
+        raise ConfigError(f'"four_over_six" and "scale_rule": "{rule}" exclude each other. Remove one.')
+    if rule and bits not in ((4, 3), (8, 0)):
+        raise ConfigError(f'"scale_rule" needs "scale_bits": (4, 3) or (8, 0), got {bits}.')
+    rule = rule and f":{rule}"
     if bits is None:
         return "f32"
     if bits == (8, 0):
-        return "e8m0"
+        return f"e8m0{rule}"
     second = "[...]" if outer is None else _dims_block({_as_dim(k): v for k, v in outer.items()})
     if bits == (4, 3):
-        return f"e4m3{':46' if sizes.get('four_over_six') else ''}{second}*f32"
+        return f"e4m3{rule}{second}*f32"
     if isinstance(bits, int):
         return f"i{bits}{second}*f32"
     raise ConfigError(f"scale_bits {bits} is not served. Known: (4, 3), (8, 0), an integer, or none for float32 scales.")

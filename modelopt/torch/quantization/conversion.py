@@ -24,7 +24,7 @@ from modelopt.torch.quantization.config import QuantizeConfig, QuantizerAttribut
 from modelopt.torch.quantization.nn.modules import QuantModule, QuantModuleRegistry, SequentialQuantizer, TensorQuantizer
 from modelopt.torch.quantization.nn.modules.quant_module import Quantizer, quantized_class
 from modelopt.torch.quantization.quantizer_state import apply_structure, structure_of
-from modelopt.torch.quantization.rules import resolve_rules, warn_unmatched
+from modelopt.torch.quantization.rules import QuantizerRule, resolve_rules, warn_unmatched
 
 PLUGINS = PluginTable({"transformers": "modelopt.torch.quantization.plugins.transformers"})
 
@@ -277,14 +277,17 @@ def preserve_quantizers(model: nn.Module) -> Iterator[None]:
 
 
 def _selected(model: nn.Module, where: Filter, parent_class: type[nn.Module] | None) -> list[str]:
-    picked = []
+    picked, names = [], []
     for name, _ in named_quantizers(model):
         seen = rule_name(name)
+        names.append(seen)
         if not (matches(seen, where) if isinstance(where, str) else where(seen)):
             continue
         parent = model.get_submodule(name.rpartition(".")[0])
         if parent_class is None or isinstance(parent, parent_class):
             picked.append(name)
+    if isinstance(where, str) and not picked:
+        warn_unmatched([QuantizerRule(where, None, None, None)], names)
     return picked
 
 

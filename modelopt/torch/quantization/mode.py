@@ -13,6 +13,7 @@ from torch import nn
 
 from modelopt.core.config import Config
 from modelopt.core.errors import ModeError
+from modelopt.torch.calibration.executor import SPEC_KEY
 from modelopt.torch.opt.mode import Mode, ModeTable
 from modelopt.torch.quantization import model_calib
 from modelopt.torch.quantization.config import QuantizeConfig
@@ -39,12 +40,15 @@ class QuantizeMode(Mode):
         decisions = decide(planned, config)
         check(planned, decisions, config, forward_loop is not None)
         warn_unmatched(config.rules, [rule_name(name) for name in decisions], STANDARD_PATTERNS)
+        seen = SPEC_KEY in model.__dict__
         try:
             replace_quant_module(model)
             configure(model, decisions)
             model_calib.calibrate(model, config.algorithm, forward_loop, **runtime)
         except BaseException:
             revert_quant_module(model)
+            if not seen:
+                model.__dict__.pop(SPEC_KEY, None)
             raise
         return model
 

@@ -35,6 +35,7 @@ FP8_TILE: Attributes = {"num_bits": (4, 3), "axis": None, "block_sizes": {-1: 12
 INT4_BLOCK: Attributes = _block(4, 128, None, dynamic=False)
 NVFP4: Attributes = {**_block((2, 1), 16, (4, 3)), "effective_bits": 4.5}
 NVFP4_32: Attributes = _block((2, 1), 32, (4, 3))
+NVFP4_32_FP8: Attributes = _block((2, 1), 32, (4, 3), scale_rule="fp8")  # code * block scale fits FP8, as engines read it
 NVFP4_STATIC: Attributes = _block((2, 1), 16, (4, 3), dynamic=False)
 NVFP4_46: Attributes = _block((2, 1), 16, (4, 3), dynamic=False, four_over_six=True)
 MXFP4: Attributes = _block((2, 1), 32, (8, 0))
@@ -114,7 +115,7 @@ MXINT8_DEFAULT_CFG = _both(MXINT8, MXINT8, None)
 W4A8_MXFP4_FP8_CFG = _both(MXFP4, FP8_TENSOR, None)
 NVFP4_DEFAULT_CFG = _both(NVFP4, NVFP4, "max")
 W4A16_NVFP4_CFG = _preset([_on("*weight_quantizer", NVFP4)], "max")
-W4A8_NVFP4_FP8_CFG = _both(NVFP4_32, FP8_TENSOR, "max")
+W4A8_NVFP4_FP8_CFG = _both(NVFP4_32_FP8, FP8_TENSOR, "max")
 NVFP4_AWQ_LITE_CFG = _both(NVFP4, NVFP4, "awq_lite")
 NVFP4_AWQ_CLIP_CFG = _both(NVFP4, NVFP4, {"method": "awq_clip"})
 NVFP4_AWQ_FULL_CFG = _both(NVFP4, NVFP4, {"method": "awq_full", "alpha_step": 0.1})

@@ -54,9 +54,10 @@ def _check_weight(name: str, tensor: Tensor, cfgs: Iterable[Any]) -> None:
     for cfg in cfgs:
         reason = cfg.to_format().why_not(tuple(tensor.shape))
         if reason is not None:
+            pattern = f"*{name.rpartition('.')[0]}*" if "." in name else "*"
             raise FormatError(
                 f"{name} of shape {list(tensor.shape)} cannot be held as {cfg.to_format()}: {reason}. "
-                f'Exclude it with {{"quantizer_name": "*{name.rpartition(".")[0]}*", "enable": False}}, or choose another format.'
+                f'Exclude it with {{"quantizer_name": "{pattern}", "enable": False}}, or choose another format.'
             )
     check_finite(name, tensor)
 

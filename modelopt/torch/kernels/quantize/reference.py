@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from modelopt.numerics import Format, packing
+from modelopt.numerics import Format
 from modelopt.numerics import reference as law
 from modelopt.torch.kernels import chunks
 
@@ -18,7 +18,7 @@ def quantize(
         return law.quantize(x, fmt, amax, global_amax, amin).parts
     scales = chunks.find_scales(x, fmt, amax, global_amax, amin)
     codes = chunks.chunked_codes(x, fmt, scales)
-    parts = [packing.pack_bits(codes.reshape(x.shape or (1,)), fmt.element.bits), *scales.stored]
+    parts = [chunks.packed(codes.reshape(x.shape or (1,)), fmt.element.bits), *scales.stored]
     if scales.zero is not None:
         parts.append(scales.zero.to(fmt.element.dtype))
     return parts

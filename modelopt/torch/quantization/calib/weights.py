@@ -23,10 +23,10 @@ from torch import Tensor
 from modelopt.core.errors import CalibrationError, ConfigError
 from modelopt.numerics import Block, Element, Format, Scales, parse
 from modelopt.numerics.blocks import to_blocks
-from modelopt.numerics.reference import apply_scales, block_range, cast_scale, compute_scales
+from modelopt.numerics.reference import apply_scales, cast_scale, compute_scales
 from modelopt.torch import kernels
 from modelopt.torch.calibration import AbsMax
-from modelopt.torch.kernels.chunks import plan
+from modelopt.torch.kernels.chunks import block_range, plan
 from modelopt.torch.quantization.calib.observers import Ranges, _Base
 
 MULTIPLIERS_46 = (1.0, 1.5)

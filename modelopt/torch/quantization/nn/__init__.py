@@ -11,7 +11,7 @@ _CACHE = ("set_weight_cache_budget", "clear_weight_cache", "weight_cache_bytes")
 def __getattr__(name: str) -> Any:
     if name.startswith("__"):
         raise AttributeError(name)
-    module = importlib.import_module(f"{__name__}.{'weight_cache' if name in _CACHE else 'modules'}")
+    module = importlib.import_module(f"{__name__}.modules{'.weight_cache' if name in _CACHE else ''}")
     if not hasattr(module, name):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(module, name)

@@ -28,7 +28,7 @@ from modelopt.torch.quantization.nn.modules.quant_module import (
     QuantModuleRegistry,
 )
 from modelopt.torch.quantization.nn.modules.tensor_quantizer import TensorQuantizer
-from modelopt.torch.quantization.nn.weight_cache import quantized_weight
+from modelopt.torch.quantization.nn.modules.weight_cache import quantized_weight
 
 _ROUTED = ("hidden_states", "top_k_index", "top_k_weights")
 

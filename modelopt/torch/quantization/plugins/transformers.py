@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from modelopt.torch.opt.surgery import original_class, walk
 from modelopt.torch.quantization.nn.modules.quant_module import QuantInputBase, QuantizedTensor, quantizes
-from modelopt.torch.quantization.nn.weight_cache import quantized_weight
+from modelopt.torch.quantization.nn.modules.weight_cache import quantized_weight
 from modelopt.torch.quantization.plugins.hf_attention import register_attention
 from modelopt.torch.quantization.plugins.hf_experts import register_experts
 

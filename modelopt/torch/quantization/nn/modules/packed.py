@@ -42,7 +42,9 @@ class PackedTensor(nn.Module):
         kept = self.parts
         super()._apply(fn, recurse)
         for i, part in enumerate(kept):
-            setattr(self, f"part_{i}", part.to(getattr(self, f"part_{i}").device))
+            moved = getattr(self, f"part_{i}")
+            if moved.dtype != part.dtype:
+                setattr(self, f"part_{i}", part.to(moved.device))
         if probe.dtype.is_floating_point:
             self.dtype = probe.dtype
         return self

@@ -18,7 +18,7 @@ from modelopt.core.errors import ConfigError
 from modelopt.core.registry import TypeRegistry
 from modelopt.torch.quantization.nn.modules.packed import PackedTensor
 from modelopt.torch.quantization.nn.modules.tensor_quantizer import SequentialQuantizer, TensorQuantizer
-from modelopt.torch.quantization.nn.weight_cache import quantized_weight
+from modelopt.torch.quantization.nn.modules.weight_cache import quantized_weight
 
 Quantizer = TensorQuantizer | SequentialQuantizer
 

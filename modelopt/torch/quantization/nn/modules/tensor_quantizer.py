@@ -150,6 +150,16 @@ class TensorQuantizer(nn.Module):
             x = kernels.fake_quantize(x - bias, *self.op_arguments(), clip_grad=self.clip_grad) + bias
         return rotate(x, self.rotation[0], self.rotation[1]) if self.rotation is not None and self.rotation[2] else x
 
+    def _apply(self, fn: Any, recurse: bool = True) -> TensorQuantizer:
+        """Move the statistics between devices; a change of the model's dtype does not round (or overflow) them."""
+        kept = {name: getattr(self, name) for name in BUFFERS}
+        super()._apply(fn, recurse)
+        for name, old in kept.items():
+            new = getattr(self, name)
+            if new is not None and new.dtype != old.dtype:
+                setattr(self, name, old.to(new.device))
+        return self
+
     def op_arguments(self) -> tuple[str, Tensor | None, Tensor | None, Tensor | None]:
         """Return (format, amax, global_amax, amin) as the ops take them."""
         if self._amax_is_global:
