@@ -4,12 +4,13 @@
 
 The bytes are those of the tensors that the writer makes, so the plan is what `run` does. Peak memory is an estimate:
 
-    model + 10 % + largest quantized weight in float32, twice + logits of one calibration batch
+    model + 10 % + the most of: the largest quantized weight in float32, twice; the largest tensor; logits of one batch
 """
 
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -200,10 +201,7 @@ def measure(checkpoint: Checkpoint, layout: str, carried: dict[str, tuple[tuple[
         for key, t in tensors.items():
             header[f"{one.name}.{key}"] = (DTYPES.get(t.dtype, "U8"), list(t.shape), t.nbytes)
         layers[one.name] = sum(t.nbytes for t in tensors.values())
-        count = 1
-        for n in one.shape:
-            count *= n
-        weights += count
+        weights += math.prod(one.shape)
         weight_bytes += layers[one.name]
     if writer is not None:
         for kv in checkpoint.kv.values():
@@ -277,9 +275,7 @@ def _carried(source: Source, model: nn.Module, checkpoint: Checkpoint) -> dict[s
 def _layer_rows(checkpoint: Checkpoint, sizes: Sizes) -> list[Row]:
     rows = []
     for one in checkpoint.records():
-        before = one.dtype.itemsize
-        for n in one.shape:
-            before *= n
+        before = one.dtype.itemsize * math.prod(one.shape)
         inputs = "" if one.input_format is None else str(one.input_format)
         rows.append(Row(f"{one.name}.weight", one.shape, str(one.weight_format), inputs, before, sizes.layers[one.name], ""))
     return rows
@@ -312,16 +308,11 @@ def _by_origin(covered: Coverage) -> tuple[tuple[tuple[str, int, str], ...], tup
 
 
 def _peak(loaded: int, checkpoint: Checkpoint, recipe: Recipe, source: Source, needs_data: bool) -> int:
-    largest = 0
-    for one in checkpoint.records():
-        count = 1
-        for n in one.shape:
-            count *= n
-        largest = max(largest, count)
+    quantized = max((math.prod(one.shape) for one in checkpoint.records()), default=0)
+    largest = max((t.numel() for t in checkpoint.tensors.values()), default=0)
     text = recipe.calibration
-    vocabulary = int(source.config.get("vocab_size") or 0)
-    logits = 4 * text.batch_size * text.length * vocabulary if needs_data else 0
-    return int(1.1 * loaded) + 2 * 4 * largest + logits
+    logits = text.batch_size * text.length * int(source.config.get("vocab_size") or 0) if needs_data else 0
+    return int(1.1 * loaded) + 4 * max(2 * quantized, largest, logits)
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

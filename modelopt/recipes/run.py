@@ -8,6 +8,7 @@ recipe evaluates, `report.json`.
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -223,12 +224,7 @@ def job_report(source: Source, recipe: Recipe, plan: Plan, comparison: Compariso
 
 def original_of(source: Source, perplexity: float) -> Original:
     """Return what a report says about the original."""
-    weights = 0
-    for shape, _, _ in source.tensors.values():
-        count = 1
-        for n in shape:
-            count *= n
-        weights += count
+    weights = sum(math.prod(shape) for shape, _, _ in source.tensors.values())
     bits = 8 * source.num_bytes / max(weights, 1)
     return Original(source.directory.name, weights, source.num_bytes, bits, perplexity)
 

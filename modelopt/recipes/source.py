@@ -6,6 +6,7 @@ Nothing here reads weights except `load_model`. Code that comes with a model run
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -79,15 +80,8 @@ def open_source(name: str) -> Source:
     tensors = {}
     for key in files:
         shape, dtype = tuple(files.shape(key)), files.dtype(key)
-        tensors[key] = (shape, dtype, _count(shape) * _BYTES.get(dtype, 1))
+        tensors[key] = (shape, dtype, math.prod(shape) * _BYTES.get(dtype, 1))
     return Source(name, directory, read_json(directory / "config.json"), tensors)
-
-
-def _count(shape: tuple[int, ...]) -> int:
-    total = 1
-    for n in shape:
-        total *= n
-    return total
 
 
 def require_plain(source: Source) -> None:
