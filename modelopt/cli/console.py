@@ -19,6 +19,7 @@ from rich.text import Text
 from modelopt.core.logging import ModelOptWarning
 
 PIPE_WIDTH = 200
+NARROW = 130
 
 
 def _width(stream: Any) -> int | None:
@@ -61,8 +62,13 @@ def print_json(data: Any) -> None:
     sys.stdout.write(json.dumps(data, indent=2) + "\n")
 
 
-def table(columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = (), title: str = "") -> Table:
-    """Return a table; the columns named in `right` are numbers. Cells are plain text, not markup."""
+def table(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = (), title: str = "", wide: Sequence[str] = ()
+) -> Table:
+    """Return a table; columns in `right` are numbers, a narrow screen drops those in `wide`, and cells are plain text."""
+    if out().width < NARROW:
+        kept = [i for i, column in enumerate(columns) if column not in wide]
+        columns, rows = [columns[i] for i in kept], [[row[i] for i in kept] for row in rows]
     made = Table(title=Text(title) if title else None, title_justify="left", box=None, pad_edge=False, header_style="bold")
     for column in columns:
         number = column in right

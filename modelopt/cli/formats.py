@@ -22,7 +22,11 @@ def formats(json: o.Json = False) -> None:
         }
         print_json({**data, "formats": dict(NAMES), "recipes": builtin_recipes()})
         return
-    out().print(table(["--format", "Weights", "Inputs", "Bits", "What it is"], schemes, right=("Bits",), title="Schemes"))
+    out().print(
+        table(
+            ["--format", "Weights", "Inputs", "Bits", "What it is"], schemes, right=("Bits",), title="Schemes", wide=("Inputs",)
+        )
+    )
     print_line("")
     out().print(
         table(

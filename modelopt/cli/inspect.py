@@ -28,7 +28,7 @@ def inspect(directory: o.Directory, every: o.Every = False, json: o.Json = False
         for name, g in groups
     ]
     columns = ["Layer or tensor", "Count", "Stored shape", "Weight", "Input", "Bytes"]
-    out().print(table(columns, rows, right=("Count", "Bytes"), title=str(found.directory)))
+    out().print(table(columns, rows, right=("Count", "Bytes"), title=str(found.directory), wide=("Stored shape", "Input")))
     print_line("")
     bits = found.bits_per_weight
     share = found.plan.get("coverage")

@@ -60,7 +60,8 @@ def print_plan(plan: Plan, every: bool = False) -> None:
     groups = grouped_names([(r.name, (r.shape, r.format, r.input_format, r.why), r) for r in plan.rows], every)
     rows = [[name, *_cells(members)] for name, members in groups]
     columns = ["Tensor", "Count", "Shape", "Weight", "Input", "Before", "After"]
-    out().print(table(columns, rows, right=("Count", "Before", "After"), title=f"Plan for {plan.model}"))
+    narrow = ("Shape", "Input", "Before")
+    out().print(table(columns, rows, right=("Count", "Before", "After"), title=f"Plan for {plan.model}", wide=narrow))
     print_line("")
     facts = [
         ("layout", plan.layout),
