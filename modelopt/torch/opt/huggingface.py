@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from modelopt.core.errors import CheckpointError, ConfigError
@@ -70,8 +71,10 @@ def _wrap_loader(original: Callable[..., Any]) -> Callable[..., Any]:
         # An exported directory tells its story in a modelopt.json too, but its tensors are those of a quantization_config.
         if path is None or load_config.hf_quantizer is not None:
             return original(model, state_dict, checkpoint_files, load_config, *args, **kw)
+        dtype = getattr(model, "dtype", None)  # the one that the caller asked for
         if replay(model, parse_state(load_modelopt_state(path), where=str(path)), str(path)) is not model:
             raise CheckpointError(f"{path} holds a step that wraps the model, which transformers cannot load. Use `restore`.")
+        _match_value_types(model, dtype)
         safetensors = [Path(f) for f in checkpoint_files or () if f.endswith(".safetensors")]
         source = files.TensorSource(safetensors)
         fill_empty_buffers(model, source.infos, "meta")
@@ -82,6 +85,13 @@ def _wrap_loader(original: Callable[..., Any]) -> Callable[..., Any]:
 
     load._modelopt = True  # type: ignore[attr-defined]
     return load
+
+
+def _match_value_types(model: nn.Module, dtype: torch.dtype | None) -> None:
+    """Let modules that make values from codes (packed weights) make them in the type in which the model is loaded."""
+    for module in model.modules():
+        if dtype is not None and isinstance(vars(module).get("dtype"), torch.dtype) and not module._parameters:
+            module.to(dtype)
 
 
 def _match_buffer_types(model: nn.Module, source: files.TensorSource) -> None:

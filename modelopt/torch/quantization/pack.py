@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from modelopt.core.config import Config
 from modelopt.core.errors import CheckpointError, ModeError
 from modelopt.core.logging import warn
-from modelopt.core.match import Rules
+from modelopt.core.match import Rules, nearest_names
 from modelopt.torch import kernels
 from modelopt.torch.opt.surgery import walk
 from modelopt.torch.quantization.nn.modules import PackedTensor, QuantizedTensor, QuantModule, leaf_quantizers
@@ -31,6 +31,11 @@ class CompressConfig(Config):
 def pack_weights(model: nn.Module, config: CompressConfig) -> list[str]:
     """Pack every enabled weight that `config` allows and return their names."""
     rules = Rules.of(config.compress.items())
+    names = [name for name, _ in _quant_modules(model)]
+    for pattern in rules.unmatched(names):
+        near = nearest_names(pattern, names)
+        hint = f" Nearest: {', '.join(near)}." if near else ""
+        warn(f'The pattern "{pattern}" matches no quantized module of this model.{hint}')
     packed: list[str] = []
     kept: list[str] = []
     for name, module in list(_quant_modules(model)):

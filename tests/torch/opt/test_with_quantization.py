@@ -143,3 +143,25 @@ def test_huggingface_round_trip(tmp_path, preset, kind):
     model = mtq.quantize({"llama": llama, "mixtral": mixtral}[kind](), getattr(mtq, preset), lambda m: m(ids))
     save_pretrained(model, tmp_path / "out")
     same(load_pretrained(tmp_path / "out"), model)
+
+
+@pytest.mark.skipif(not has("transformers"), reason="transformers is not installed")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_packed_transformers_model_loads_in_another_dtype(tmp_path, dtype):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from modelopt.torch.opt import disable_huggingface_checkpointing, enable_huggingface_checkpointing
+
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 32}
+    ids = torch.arange(6)[None]
+    model = LlamaForCausalLM(LlamaConfig(**sizes)).to(torch.bfloat16).eval()
+    mtq.compress(mtq.quantize(model, "nvfp4", [ids]))
+    enable_huggingface_checkpointing()
+    try:
+        model.save_pretrained(tmp_path / "out")
+        fresh = LlamaForCausalLM.from_pretrained(tmp_path / "out", dtype=dtype).eval()
+    finally:
+        disable_huggingface_checkpointing()
+    logits = fresh(ids).logits
+    assert logits.dtype == dtype and torch.allclose(logits.float(), model(ids).logits.float(), atol=0.02)
+    assert dtype != torch.bfloat16 or torch.equal(logits, model(ids).logits)

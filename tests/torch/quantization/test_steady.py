@@ -74,6 +74,12 @@ def test_a_pattern_that_selects_nothing_warns(call: Any) -> None:
         mtq.set_quantizer_attribute(model, "*lm_hed*", {"enable": False})
 
 
+def test_a_misspelled_pattern_of_compress_warns() -> None:
+    model = mtq.quantize(mlp(), "int8-wo")
+    with pytest.warns(ModelOptWarning, match=r'"\*lm_hed\*" matches no quantized module'):
+        mtq.compress(model, {"compress": {"default": True, "*lm_hed*": False}})
+
+
 @pytest.mark.parametrize(
     ("attributes", "said"),
     [
