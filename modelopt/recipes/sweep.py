@@ -101,16 +101,18 @@ def _candidate(
 ) -> tuple[Row, float]:
     plan = plan_source(source, recipe)
     model = copy.deepcopy(original)
-    loop: Any = None
-    if plan.needs_data:
-        loop = forward_loop(calibration, batch_size, lambda done, total, what: progress(done, total, f"{name}: {what}"))
+
+    def named(done: int, total: int | None, what: str) -> None:
+        progress(done, total, f"{name}: {what}")
+
+    loop: Any = forward_loop(calibration, batch_size, named) if plan.needs_data else None
     start = time.perf_counter()
     apply_mode(model, resolve_steps(recipe), registry=QuantizeModeRegistry, mode_kwargs={"forward_loop": loop})
     quantizing = time.perf_counter() - start
-    found = reference.compare(model, progress=progress, what=f"{name}: compare")
+    found = reference.compare(model, progress=named, what="compare")
     layers = []
     if len(error_windows):
-        layers = layer_errors(original, model, error_windows)
+        layers = layer_errors(original, model, error_windows, progress=named)
     del model
     gc.collect()
     return report_row(name, plan, found, quantizing, layers), found.seconds
