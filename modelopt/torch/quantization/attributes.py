@@ -22,6 +22,7 @@ from modelopt.numerics.formats import Format, named, parse
 
 FLOATS = ((4, 3), (5, 2), (2, 1), (1, 2), (0, 3), (3, 0), (3, 2), (2, 3))
 BLOCK_KEYS = ("type", "scale_bits", "scale_block_sizes", "scale_rule", "four_over_six")
+CALIBRATORS = ("max", "histogram")
 CONSTANT_AMAX = 448.0
 _FLOAT_NAME = re.compile(r"^e(\d)m(\d)$")
 
@@ -151,6 +152,12 @@ class QuantizerAttributeConfig(Config):
             known = ", ".join(backends) or "none"
             raise ConfigError(
                 f'The quantizer backend "{self.backend}" is not registered (registered: {known}). Remove "backend".'
+            )
+        if self.calibrator not in CALIBRATORS:
+            hint = did_you_mean(str(self.calibrator), CALIBRATORS)
+            raise ConfigError(
+                f'"calibrator": {self.calibrator!r} is not served.{hint} Known: {", ".join(CALIBRATORS)}; '
+                'other ways to find a range are algorithms: {"algorithm": "mse"}.'
             )
         if self.learn_amax:
             raise ConfigError('"learn_amax" is not served: amax is calibrated, not learned. Remove it.')

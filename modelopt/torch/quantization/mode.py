@@ -21,9 +21,9 @@ from modelopt.torch.quantization.conversion import configure, decide, plan, repl
 from modelopt.torch.quantization.foreign_state import quantizers_from_metadata
 from modelopt.torch.quantization.nn.modules import QuantModule
 from modelopt.torch.quantization.pack import CompressConfig, pack_weights, restore_packed
-from modelopt.torch.quantization.presets import STANDARD_PATTERNS
+from modelopt.torch.quantization.presets import OFF_CLASSES, STANDARD_PATTERNS
 from modelopt.torch.quantization.quantizer_state import apply_structure, packed_of, structure_of
-from modelopt.torch.quantization.rules import warn_unmatched
+from modelopt.torch.quantization.rules import warn_unknown_classes, warn_unmatched
 from modelopt.torch.quantization.validate import check
 
 
@@ -40,6 +40,7 @@ class QuantizeMode(Mode):
         decisions = decide(planned, config)
         check(planned, decisions, config, forward_loop is not None)
         warn_unmatched(config.rules, [rule_name(name) for name in decisions], STANDARD_PATTERNS)
+        warn_unknown_classes(config.rules, [c for p in planned for c in p.classes], OFF_CLASSES)
         seen = SPEC_KEY in model.__dict__
         try:
             replace_quant_module(model)

@@ -19,6 +19,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from modelopt.core.errors import did_you_mean
 from modelopt.core.logging import warn
 from modelopt.core.match import DEFAULT, matches, nearest_names
 
@@ -140,6 +141,17 @@ def resolve_rules(rules: Iterable[QuantizerRule], quantizers: Iterable[tuple[str
                 enable = rule.enable
         decided[name] = (cfgs, enable)
     return decided
+
+
+def warn_unknown_classes(rules: Iterable[QuantizerRule], classes: Iterable[str], ignore: Iterable[str] = ()) -> list[str]:
+    """Warn, with the nearest name, about every `parent_class` that is none of `classes` (of the model's modules); return them."""
+    known = Target("", "", tuple(dict.fromkeys(classes)))
+    wanted = dict.fromkeys(r.parent_class for r in rules if r.parent_class is not None and r.parent_class not in tuple(ignore))
+    found = [parent for parent in wanted if not _class_matches(known, parent)]
+    for parent in found:
+        hint = did_you_mean(parent, known.classes)
+        warn(f'The parent_class "{parent}" is that of no module with quantizers in this model.{hint}', stacklevel=4)
+    return found
 
 
 def unmatched_patterns(rules: Iterable[QuantizerRule], names: Iterable[str], ignore: Iterable[str] = ()) -> list[str]:

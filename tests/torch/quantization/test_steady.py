@@ -118,6 +118,14 @@ def test_w4a8_weights_are_those_of_the_layout() -> None:
     assert torch.equal(values.to(torch.float8_e4m3fn).float().abs().amax() <= 448, torch.tensor(True))
 
 
+def test_misspelled_classes_and_calibrators_are_said() -> None:
+    off = {"quantizer_name": "*", "parent_class": "nn.Linaer", "enable": False}
+    with pytest.warns(ModelOptWarning, match='"nn.Linaer" is that of no module.*mean "nn.Linear"'):
+        mtq.quantize(mlp(), {"quant_cfg": [{"quantizer_name": "*weight_quantizer", "cfg": {"num_bits": 8}}, off]})
+    with pytest.raises(ConfigError, match='mean "histogram"'):
+        mtq.quantize(mlp(), {"quant_cfg": {"*input_quantizer": {"num_bits": 8, "calibrator": "histgram"}}}, [X])
+
+
 def test_wrong_things_are_named() -> None:
     with pytest.raises(ModelOptError, match="A str is no model"):
         mtq.quantize("model", "int8")  # type: ignore[arg-type]
