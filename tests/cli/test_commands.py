@@ -66,7 +66,7 @@ def test_a_model_goes_through_every_command(tiny: Path, tmp_path: Path, modelopt
     assert f"Wrote {out} in the layout hf" in done.out.replace("\n", "")
     done = modelopt("inspect", out)
     assert done.code == 0
-    for text in ("i4[32]*f32", "LlamaForCausalLM", "100.0%", "layers.*.mlp.down_proj", "recipe.yaml"):
+    for text in ("i4[32]*bf16", "LlamaForCausalLM", "100.0%", "layers.*.mlp.down_proj", "recipe.yaml"):
         assert text in done.out
     done = modelopt("eval", out, "--against", tiny, "--num-samples", 2, "--length", 32, "--json")
     assert done.code == 0, done.err
