@@ -20,7 +20,7 @@ from modelopt.torch.opt.mode import history
 from modelopt.torch.opt.surgery import original_class, walk
 from modelopt.torch.quantization.config import QuantizeConfig
 from modelopt.torch.quantization.conversion import class_names, load_plugins, named_quantizers, rule_name
-from modelopt.torch.quantization.nn.modules import QuantModule
+from modelopt.torch.quantization.nn.modules import QuantModule, QuantModuleRegistry
 from modelopt.torch.quantization.rules import QuantizerRule, Target, applies
 
 BLANKET = (DEFAULT, "*", "*weight_quantizer", "*_quantizer", "*quantizer")
@@ -120,7 +120,12 @@ def _weights(model: nn.Module) -> Iterator[tuple[str, Tensor, tuple[str, bool] |
                 continue
             kind = type(module).__name__
             if isinstance(module, nn.Linear) and weight == "weight":
-                reason = kept.get(module, f"{kind} has a forward of its own and no quantized class")
+                plain = (
+                    "not quantized"
+                    if type(module) in QuantModuleRegistry
+                    else f"{kind} has a forward of its own and no quantized class"
+                )
+                reason = kept.get(module, plain)
                 yield prefix + weight, tensor, None, classes, reason
             elif tensor.dim() >= 3 or (weight == "weight" and tensor.dim() == 2 and not isinstance(module, nn.Embedding)):
                 yield prefix + weight, tensor, None, classes, f"{kind} has no quantized class"

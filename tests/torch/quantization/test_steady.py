@@ -131,3 +131,7 @@ def test_wrong_things_are_named() -> None:
         mtq.quantize("model", "int8")  # type: ignore[arg-type]
     with pytest.raises(AttributeError, match='mean "NVFP4_DEFAULT_CFG"'):
         _ = mtq.NVFP4_DEFAUL_CFG
+
+
+def test_the_summary_of_a_plain_model_does_not_blame_its_layers() -> None:
+    assert {w.reason for w in mtq.coverage(mlp(), threshold=0.0).left} == {"not quantized"}
