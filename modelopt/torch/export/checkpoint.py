@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from modelopt.numerics.formats import Format
-from modelopt.numerics.reference import Quantized, quantize
+from modelopt.numerics.reference import Quantized
+from modelopt.torch import kernels
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,10 +45,10 @@ class Deferred:
         return self.tensor.dtype
 
     def quantized(self) -> Quantized:
-        """Quantize now."""
+        """Quantize now, in chunks: little more than the codes is allocated."""
         with torch.no_grad():
             weight = self.tensor.detach()
-            return quantize(weight, self.format, amax=self.amax, global_amax=self.global_amax, amin=self.amin)
+            return kernels.quantized(weight, self.format, amax=self.amax, global_amax=self.global_amax, amin=self.amin)
 
 
 @dataclass(frozen=True, eq=False)

@@ -83,7 +83,7 @@ def model_class(config: Mapping[str, Any]) -> Any:
     """Return the transformers class that `architectures` names. Raises CheckpointError."""
     transformers = require("transformers", "hf")
     names = config.get("architectures") or []
-    for name in names:
+    for name in names if isinstance(names, list) else []:
         cls = getattr(transformers, str(name), None)
         if isinstance(cls, type) and issubclass(cls, transformers.PreTrainedModel):
             return cls
@@ -94,17 +94,30 @@ def build(config: Mapping[str, Any], tensors: Mapping[str, Tensor], dtype: torch
     """Build the model that `config` describes and load `tensors` (checkpoint names). Raises CheckpointError on any mismatch."""
     transformers = require("transformers", "hf")
     cls = model_class(config)
-    plain = {k: v for k, v in config.items() if k not in ("quantization_config",)}
+    invalid = require("huggingface_hub.errors", "hf").StrictDataclassError
+    # The attention's implementation is the reader's choice: a name with a slash would fetch a kernel from the Hub and run it.
+    plain = {k: v for k, v in config.items() if k not in ("quantization_config", "attn_implementation", "_attn_implementation")}
+    _refuse_huge(plain, tensors)
     try:
         typed = transformers.AutoConfig.for_model(**plain)
         model, info = cls.from_pretrained(None, config=typed, state_dict=dict(tensors), dtype=dtype, output_loading_info=True)
-    except (KeyError, ValueError, TypeError, RuntimeError, AttributeError) as error:
-        raise CheckpointError(f"The tensors do not fit {cls.__name__}: {error}") from error
+    except (KeyError, ValueError, TypeError, RuntimeError, AttributeError, ImportError, ArithmeticError, invalid) as error:
+        raise CheckpointError(f"config.json and the tensors make no {cls.__name__}: {error}") from error
     bad = {key: sorted(map(str, info.get(key) or ()))[:3] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")}
     bad = {key: value for key, value in bad.items() if value}
     if bad:
         raise CheckpointError(f"The tensors do not fit {cls.__name__}: {bad}. Is this a checkpoint of another architecture?")
     return model.eval()
+
+
+def _refuse_huge(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError for more layers than there are tensors: building them would take hours and all memory."""
+    for key, value in config.items():
+        count = value if isinstance(value, int) and "layers" in key else 0
+        if count > max(len(tensors), 1000):
+            raise CheckpointError(f"config.json says {key} = {count}, and the checkpoint has {len(tensors)} tensors.")
+        if isinstance(value, Mapping):
+            _refuse_huge(value, tensors)
 
 
 def source_of(model: nn.Module) -> Path | None:

@@ -17,7 +17,7 @@ from modelopt.numerics.formats import Format, parse
 from modelopt.numerics.packing import pack_bits
 from modelopt.numerics.reference import Quantized
 from modelopt.torch.export.checkpoint import Checkpoint, KVRecord, LayerRecord
-from modelopt.torch.export.readers.files import Tensors, need, read_json, take
+from modelopt.torch.export.readers.files import Tensors, dtype_of, inverse, need, read_json, take
 
 _SCALES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -31,7 +31,7 @@ def read(directory: str | Path) -> Checkpoint:
     if not isinstance(quantization, dict) or quantization.get("quant_method") != "compressed-tensors":
         raise CheckpointError(f"{directory / 'config.json'} has no quantization_config with quant_method compressed-tensors.")
     tensors, used = Tensors(directory), set()
-    dtype = getattr(torch, str(config.get("dtype", "float32")), torch.float32)
+    dtype = dtype_of(config)
     layers = {}
     for key in tensors:
         name, _, last = key.rpartition(".")
@@ -104,7 +104,7 @@ def _layer(
         codes = need(tensors, f"{name}.weight", used)
         shape, codes = codes.shape, codes.view(torch.uint8)
     if fmt.needs_global:
-        scales += (1.0 / need(tensors, f"{name}.weight_global_scale", used).reshape(()),)
+        scales += (inverse(need(tensors, f"{name}.weight_global_scale", used)),)
     grid = () if fmt.block.whole else fmt.grid(shape)
     if tuple(scales[0].shape) != tuple(grid):
         raise CheckpointError(
@@ -116,7 +116,7 @@ def _layer(
         input_format = format_of(inputs, "f32", is_input=True)
         plain = take(tensors, f"{name}.input_scale", used)
         divisor = take(tensors, f"{name}.input_global_scale", used)
-        input_scale = plain.float().reshape(()) if plain is not None else None if divisor is None else 1.0 / divisor.reshape(())
+        input_scale = plain.float().reshape(()) if plain is not None else None if divisor is None else inverse(divisor)
     return LayerRecord(name, q, fmt, input_format, input_scale)
 
 

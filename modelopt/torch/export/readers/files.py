@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -117,6 +118,20 @@ def _read_index(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} is no JSON object.")
     return data
+
+
+def dtype_of(config: Mapping[str, Any]) -> torch.dtype:
+    """Return the dtype that config.json names (`torch_dtype` in older ones), float32 if it names none that weights can have."""
+    found = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
+    return found if isinstance(found, torch.dtype) and found.is_floating_point and found.itemsize > 1 else torch.float32
+
+
+def inverse(divisor: Tensor) -> Tensor:
+    """Return the float32 scale [] whose reciprocal is `divisor`: 1 / divisor, or the neighbour that gives it back exactly."""
+    guess = 1.0 / divisor.float().reshape(())
+    limits = torch.tensor(float("inf")), torch.tensor(0.0)
+    nearby = [guess, *(torch.nextafter(guess, limit) for limit in limits)]
+    return next((s for s in nearby if torch.equal(s.reciprocal(), divisor.float().reshape(()))), guess)
 
 
 def take(tensors: Tensors, key: str, used: set[str]) -> Tensor | None:

@@ -15,7 +15,7 @@ from modelopt.numerics.formats import Format, parse
 from modelopt.numerics.packing import pack_bits
 from modelopt.numerics.reference import Quantized
 from modelopt.torch.export.checkpoint import Checkpoint, KVRecord, LayerRecord
-from modelopt.torch.export.readers.files import Tensors, need, read_json, take
+from modelopt.torch.export.readers.files import Tensors, dtype_of, need, read_json, take
 
 # algorithm -> (weight, input); {g} is the group size
 FORMATS: dict[str, tuple[str, str | None]] = {
@@ -45,7 +45,7 @@ def read(directory: str | Path) -> Checkpoint:
     if not isinstance(quantization, dict):
         raise CheckpointError(f"{directory / 'hf_quant_config.json'} has no object called quantization.")
     tensors, used = Tensors(directory), set()
-    dtype = getattr(torch, str(config.get("dtype", "float32")), torch.float32)
+    dtype = dtype_of(config)
     layers = {}
     for key in tensors:
         name, _, last = key.rpartition(".")

@@ -7,6 +7,7 @@ mode "packed"        as "fake", with the weights held as codes
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,12 +32,24 @@ def read(directory: str | Path) -> Checkpoint:
     """Read a directory in any layout that there is a reader for. Raises CheckpointError."""
     directory = Path(directory)
     config = read_json(directory / "config.json")
-    method = (config.get("quantization_config") or {}).get("quant_method")
+    quantization = config.get("quantization_config") or {}
+    if not isinstance(quantization, dict):
+        raise CheckpointError(f"The quantization_config of {directory / 'config.json'} is no JSON object. Fetch it again.")
+    method = quantization.get("quant_method")
     if method is None and (directory / "hf_quant_config.json").is_file():
         method = "modelopt"
-    if method not in READERS:
+    if not isinstance(method, str) or method not in READERS:
         raise CheckpointError(f"{directory} has quant_method {method!r}; readers exist for {', '.join(READERS)}.")
-    return READERS.get(method)(directory)
+    try:
+        return READERS.get(method)(directory)
+    except (TypeError, ValueError, AttributeError, KeyError, IndexError, RuntimeError, re.error) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        # The configuration is a stranger's: anything may stand where a number, a name or a list belongs.
+        raise CheckpointError(
+            f"The configuration of {directory} contradicts itself or its tensors ({type(error).__name__}: {error}). "
+            "Fetch the checkpoint again, or export it anew."
+        ) from error
 
 
 def load(

@@ -32,6 +32,7 @@ from modelopt.torch.export.writers.base import Writer
 
 VERSION = "0.20.0"
 _FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_CHUNK = 1 << 20  # codes that are packed at a time
 _LINEAR_KINDS = ("Linear", "Embedding")
 
 
@@ -157,9 +158,12 @@ def _offset(codes: Tensor, scheme: Scheme) -> Tensor:
 
 def pack_words(codes: Tensor, bits: int) -> Tensor:
     """Pack uint8 `codes` [R, C] densely along the last dimension into int32 words [R, ceil(C bits / 32)], little-endian."""
-    stream = pack_bits(codes, bits)
-    stream = torch.nn.functional.pad(stream, (0, -stream.shape[-1] % 4))
-    return stream.contiguous().view(torch.int32)
+    words = torch.empty((codes.shape[0], -(-codes.shape[1] * bits // 32)), dtype=torch.int32, device=codes.device)
+    step = max(_CHUNK // max(codes.shape[1], 1), 1)
+    for i in range(0, codes.shape[0], step):
+        stream = pack_bits(codes[i : i + step], bits)
+        words[i : i + step] = torch.nn.functional.pad(stream, (0, -stream.shape[-1] % 4)).contiguous().view(torch.int32)
+    return words
 
 
 def _args(scheme: Scheme, is_input: bool = False) -> dict[str, Any] | None:
