@@ -31,6 +31,7 @@ def quantize(
     batch_size: o.BatchSize = 1,
     device: o.Device = "auto",
     dtype: o.DType = "auto",
+    verify: Annotated[bool, typer.Option(help="Read the result back with transformers and compressed-tensors.")] = True,
     trust_remote_code: o.Trust = False,
     every: o.Every = False,
     json: o.Json = False,
@@ -38,6 +39,8 @@ def quantize(
     """Quantize a causal language model and write it in a layout that engines load."""
     calibration = {"source": calib, "num_samples": num_samples, "length": length, "batch_size": batch_size}
     recipe = make_recipe(model, format, kv_cache, skip, export, calibration, dtype)
+    if not verify:
+        recipe = recipe.model_copy(update={"export": recipe.export.model_copy(update={"verify": False})})
     if dry_run:
         from modelopt.recipes.plan import plan_model
 
@@ -83,6 +86,7 @@ def print_result(result: Result) -> None:
             ("top-1 agreement", f"{compared.top1_agreement:.1%}"),
             ("perplexity", f"{compared.original_perplexity:.2f} -> {compared.perplexity:.2f}"),
         ]
+    facts.append(("checked", result.verified))
     facts.append(("seconds", ", ".join(f"{name} {value:.1f}" for name, value in result.seconds.items())))
     print_facts(facts)
 
@@ -94,4 +98,10 @@ def _weight_bytes(result: Result) -> int:
 def _to_dict(result: Result) -> dict[str, object]:
     compared = None if result.comparison is None else result.comparison.to_dict()
     plan = {k: v for k, v in result.plan.to_dict().items() if k != "rows"}
-    return {"directory": str(result.directory), "plan": plan, "comparison": compared, "seconds": result.seconds}
+    return {
+        "directory": str(result.directory),
+        "plan": plan,
+        "comparison": compared,
+        "seconds": result.seconds,
+        "verified": result.verified,
+    }

@@ -49,11 +49,12 @@ class Step(Config):
 
 
 class Export(Config):
-    """Which layout, and where. `auto` takes the first layout that can hold the model."""
+    """Which layout, and where. `auto` takes the first layout that can hold the model; `verify`: another library reads it back."""
 
     layout: str = "auto"
     directory: str | None = None
     max_shard_size: str | int = "10GB"
+    verify: bool = True
 
     @field_validator("directory")
     @classmethod

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from modelopt.core.errors import ConfigError, ExportError
 from modelopt.core.logging import Progress, null_progress
+from modelopt.core.plugins import has
 from modelopt.evaluate.kl import Comparison, Reference
 from modelopt.evaluate.report import Data, Original, Report, write_json
 from modelopt.evaluate.report import Row as ReportRow
@@ -37,11 +38,15 @@ from modelopt.recipes.steps import resolve_steps
 from modelopt.torch.export.export import export
 from modelopt.torch.export.files import staged_directory
 from modelopt.torch.export.files import write_json as write_plan
+from modelopt.torch.export.readers.model import read
+from modelopt.torch.export.verify import verify
 from modelopt.torch.opt.mode import apply_mode
 from modelopt.torch.quantization.mode import QuantizeModeRegistry
 from modelopt.torch.quantization.saving import attach_save_pretrained
 from modelopt.torch.quantization.summary import coverage
 from modelopt.torch.utils.dataset import load_texts, token_windows
+
+VERIFY_BYTES = 8 * 10**9  # larger models are not loaded a second and third time unasked
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,7 @@ class Result:
     plan: Plan
     comparison: Comparison | None = None
     seconds: dict[str, float] = field(default_factory=dict)
+    verified: str = ""
 
 
 def run_recipe(
@@ -100,9 +106,9 @@ def run_recipe(
     gc.collect()
     clock("compare")
     report = None if comparison is None else job_report(source, recipe, plan, comparison)
-    write_result(model, target, source, recipe, plan, report, overwrite, progress)
-    clock("export")
-    return Result(target, plan, comparison, seconds)
+    verified = write_result(model, target, source, recipe, plan, report, overwrite, progress)
+    clock("export and read back")
+    return Result(target, plan, comparison, seconds, verified)
 
 
 def check_target(out: str | Path | None, overwrite: bool) -> Path:
@@ -185,8 +191,11 @@ def write_result(
     report: Report | None,
     overwrite: bool,
     progress: Progress,
-) -> None:
-    """Write the layout, the recipe and the report into one directory that appears whole or not at all."""
+) -> str:
+    """Write the layout, the recipe and the report into one directory that appears whole or not at all.
+
+    Returns what was found when the files were read back. Raises ExportError, and leaves nothing, if that is not the model.
+    """
     with staged_directory(target, overwrite) as stage:
         if plan.layout == OWN_LAYOUT:
             from modelopt.torch.opt.huggingface import save_pretrained
@@ -194,13 +203,33 @@ def write_result(
             attach_save_pretrained(model)
             save_pretrained(model, stage, overwrite=True)
             _carry(source, stage)
+            verified = "not read back: no other library knows this form"
         else:
             size = recipe.export.max_shard_size
             export(model, stage, plan.layout, source.directory, overwrite=True, max_shard_size=size, progress=progress)
+            verified = read_back(stage, model, source, recipe.export.verify, progress)
         (stage / "recipe.yaml").write_text(recipe_text(recipe), encoding="utf-8")
         write_plan(stage / "plan.json", {k: v for k, v in plan.to_dict().items() if k != "rows"})
         if report is not None:
             write_json(report, stage / "report.json")
+    return verified
+
+
+def read_back(stage: Path, model: nn.Module, source: Source, wanted: bool, progress: Progress) -> str:
+    """Let an independent reader compare the files in `stage` with `model`, and return what it found. Raises ExportError."""
+    if not wanted:
+        return "not read back, as asked"
+    progress(0, 1, "read back")
+    if not (has("transformers") and has("compressed_tensors")) or source.num_bytes > VERIFY_BYTES:
+        read(stage)
+        found = "read back by this library's own reader only; run `modelopt verify` where transformers can hold the model twice"
+    else:
+        result = verify(stage, model)
+        if not result.ok:
+            raise ExportError(f"The exported files are not the model: {result.reason}. Nothing was kept; please report this.")
+        found = f"read back by transformers and compressed-tensors: {result.reason}"
+    progress(1, 1, "read back")
+    return found
 
 
 def _carry(source: Source, stage: Path) -> None:
