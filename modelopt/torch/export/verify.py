@@ -15,7 +15,9 @@ agree. The hf layout is converted into compressed-tensors terms first: codes and
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -230,7 +232,7 @@ def _consumer(directory: Path, checkpoint: Checkpoint, dequantize: bool) -> tupl
     kwargs: dict[str, Any] = {}
     if dequantize:  # transformers cannot load packed zero points otherwise
         kwargs["quantization_config"] = transformers.CompressedTensorsConfig(dequantize=True)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):  # progress bars of others
         warnings.simplefilter("ignore")
         model, info = cls.from_pretrained(directory, dtype=torch.float32, output_loading_info=True, **kwargs)
     missing = [k for k in info["missing_keys"] if not k.endswith(("zero_point",))]
