@@ -40,6 +40,11 @@ def fast_kernel(op: str, x: Tensor, fmt: Format) -> ModuleType | None:
     return kernel if kernel is not None and kernel.why_not(x, fmt) is None else None
 
 
+def fast_module(op: str) -> ModuleType | None:
+    """Return the module of the fast kernel of `op`, or None where there is none (Triton is not installed)."""
+    return _kernel(op)
+
+
 def explain(x: Tensor, fmt: Format | str) -> dict[str, str]:
     """Return for each op the kernel that would serve `x` in `fmt`: "triton", or "reference: " and the reason."""
     fmt = parse(fmt) if isinstance(fmt, str) else fmt

@@ -5,7 +5,8 @@
     ("e4m3*", "i4[128]*f32", "bfloat16")
 
 A kernel is `kernel(input, module) -> output`: it takes the unquantized input and the module with its packed weight. The
-last one registered wins. Where none matches, the caller dequantizes and multiplies.
+last one registered wins. Where none matches, bfloat16 outputs have `packed_gemm.packed_linear`, which quantized modules use on
+a GPU; otherwise the caller dequantizes and multiplies.
 """
 
 from __future__ import annotations
@@ -72,8 +73,21 @@ def unregister_kernel(kernel_impl: Kernel) -> None:
 
 
 def find_kernel(input_type: str, weight_type: str, output_type: str) -> Kernel | None:
-    """Return the kernel for these types (format strings, or dtype names such as "bfloat16"), or None."""
-    return _registry.find_kernel(input_type, weight_type, output_type)
+    """Return the kernel for these types (format strings, or dtype names such as "bfloat16"), or None.
+
+    >>> find_kernel("bfloat16", "i4[128]*f32", "bfloat16").__name__
+    'packed_linear'
+    """
+    found = _registry.find_kernel(input_type, weight_type, output_type)
+    if found is None and output_type == "bfloat16":
+        return _packed_linear()
+    return found
+
+
+def _packed_linear() -> Kernel:
+    from modelopt.torch.quantization.backends.packed_gemm import packed_linear  # here: it needs the quantizers
+
+    return packed_linear
 
 
 def have_kernels() -> bool:

@@ -28,9 +28,9 @@ class QuantLinear(QuantInputBase, nn.Linear):
 
 
 def packed_matmul(module: QuantModule, input: Tensor) -> Tensor:
-    """Multiply the input with the weight of a linear `module` [out, in], by a fused kernel where one is registered."""
+    """Multiply the input with the weight of a linear `module` [out, in]: on its codes where the GEMM registry has a kernel."""
     packed = module._modules.get("weight_packed")
-    if packed is not None and have_kernels():
+    if packed is not None and (input.is_cuda or have_kernels()):
         quantizer = module.input_quantizer
         input_type = quantizer._format_text if quantizer.is_enabled else str(input.dtype).removeprefix("torch.")
         kernel = find_kernel(input_type, packed.format, str(input.dtype).removeprefix("torch."))

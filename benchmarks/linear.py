@@ -1,0 +1,124 @@
+"""Linear layers on packed codes against bf16 `F.linear`: `python -m benchmarks.linear [--large] [--case PART] [--json FILE]`.
+
+Each figure is microseconds per call in a CUDA graph of many calls (median of replays), with enough copies of the weight in turn
+that none is found in the L2 cache; quantization of the input is included. Ratios are bf16 time over ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import json
+import os
+from collections.abc import Callable, Iterator
+
+import torch
+from torch.nn import functional as F
+
+from modelopt.numerics import parse
+from modelopt.torch import kernels
+
+SHAPES = ((14336, 4096), (4096, 14336))
+LARGE = ((28672, 8192), (8192, 28672))
+ROWS = (1, 16, 64, 1024, 4096)
+CASES = {  # name -> (weight, input, input amax)
+    "INT4 g128": ("i4[128]*f32", "", None),
+    "INT4 g64": ("i4[64]*f32", "", None),
+    "INT4 g32": ("i4[32]*f32", "", None),
+    "INT4 g64 zero point": ("u4[64]*f16+u4", "", None),
+    "NVFP4": ("e2m1[16]~*e4m3[...]*f32", "", None),
+    "MXFP4": ("e2m1[32]~*e8m0", "", None),
+    "INT8": ("i8[1,...]*f32", "", None),
+    "FP8": ("e4m3[...]*f32", "", None),
+    "FP8 x FP8 static": ("e4m3[...]*f32", "e4m3[...]*f32", 4.0),
+    "FP8 x FP8 per channel and token": ("e4m3[1,...]*f32", "e4m3[-1]~*f32", None),
+    "INT8 x INT8 per channel and token": ("i8[1,...]*f32", "i8[-1]~*f32", None),
+    "NVFP4 x NVFP4 emulated": ("e2m1[16]~*e4m3[...]*f32", "e2m1[16]~*e4m3[...]*f32", 4.0),
+    "MXFP4 x MXFP4 emulated": ("e2m1[32]~*e8m0", "e2m1[32]~*e8m0", None),
+    "MXFP8 x MXFP8 emulated": ("e4m3[32]~*e8m0", "e4m3[32]~*e8m0", None),
+}
+
+
+def measure(calls: list[Callable[[], object]], count: int) -> float:
+    """Return the microseconds of one call, `count` calls (cycling through `calls`) being one graph."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            for i in range(count):
+                calls[i % len(calls)]()
+        graph.replay()
+        torch.cuda.synchronize()
+        times = []
+        for _ in range(9):
+            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            begin.record(stream)
+            graph.replay()
+            end.record(stream)
+            torch.cuda.synchronize()
+            times.append(begin.elapsed_time(end) * 1000 / count)
+    return sorted(times)[len(times) // 2]
+
+
+def rows_of(shapes: tuple[tuple[int, int], ...], cases: list[str]) -> list[dict[str, object]]:
+    """Measure every case at every shape and return one record each."""
+    found: list[dict[str, object]] = []
+    for n, k in shapes:
+        dense = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) * 0.02 for _ in range(4)]
+        inputs = {m: torch.randn(m, k, device="cuda", dtype=torch.bfloat16) for m in ROWS}
+        base = {m: measure([functools.partial(F.linear, x, w) for w in dense], 12 if m > 64 else 24) for m, x in inputs.items()}
+        for name in cases:
+            for m, us, how in case_of(name, dense[0], inputs):
+                found.append(
+                    {"case": name, "N": n, "K": k, "M": m, "us": us, "bf16": base[m], "ratio": base[m] / us, "path": how}
+                )
+    return found
+
+
+def case_of(name: str, weight: torch.Tensor, inputs: dict[int, torch.Tensor]) -> Iterator[tuple[int, float, str]]:
+    """Yield (rows of x, microseconds, path) of one case for each input."""
+    text, given, top = CASES[name]
+    n = weight.shape[0]
+    amax = None if top is None else torch.tensor(top, device="cuda")
+    parts = kernels.quantize(weight, parse(text))
+    copies = [[p.clone() for p in parts] for _ in range(max(4, 200_000_000 // parts[0].nbytes + 1))]
+    for m, x in inputs.items():
+        calls = [functools.partial(kernels.quantized_linear, x, p, text, n, None, given, amax) for p in copies]
+        yield m, measure(calls, len(copies) * (1 if m > 64 else 4)), kernels.explain_linear(x, parts, text, n, given)
+
+
+def print_table(records: list[dict[str, object]]) -> None:
+    """Print the ratios, one line for each case and shape."""
+    print("bf16 F.linear, us: " + str({(r["N"], r["K"], r["M"]): round(float(str(r["bf16"])), 1) for r in records}))
+    print(f"{'':36}{'N, K':>14}" + "".join(f"{'M=' + str(m):>16}" for m in ROWS))
+    lines: dict[tuple[object, ...], list[str]] = {}
+    for r in records:
+        cell = f"{float(str(r['ratio'])):.2f} ({float(str(r['us'])):.1f})"
+        lines.setdefault((r["case"], r["N"], r["K"]), []).append(f"{cell:>16}")
+    for (case, n, k), cells in lines.items():
+        print(f"{case:36}{str(n) + ', ' + str(k):>14}" + "".join(cells))
+
+
+def main() -> None:
+    """Measure, print the table, and write the records as JSON."""
+    options = argparse.ArgumentParser(description=__doc__)
+    options.add_argument("--large", action="store_true", help="the 70B shapes too")
+    options.add_argument("--json", default="", help="where to write the records")
+    options.add_argument("--case", action="append", help="only these cases (a part of the name)")
+    chosen = options.parse_args()
+    torch.manual_seed(0)
+    cases = [c for c in CASES if not chosen.case or any(part in c for part in chosen.case)]
+    records = rows_of(SHAPES + (LARGE if chosen.large else ()), cases)
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
+    print_table(records)
+    if chosen.json:
+        os.makedirs(os.path.dirname(chosen.json) or ".", exist_ok=True)
+        with open(chosen.json, "w") as file:
+            json.dump({"device": torch.cuda.get_device_name(), "torch": torch.__version__, "records": records}, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()

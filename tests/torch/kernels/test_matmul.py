@@ -1,0 +1,198 @@
+"""quantized_linear: the law, its gradient and its graph on any device; the kernels against it on a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import modelopt.torch.quantization as mtq
+from modelopt.numerics import parse
+from modelopt.numerics import reference as law
+from modelopt.torch import kernels
+from modelopt.torch.quantization.backends import find_kernel
+from modelopt.torch.quantization.backends.packed_gemm import packed_linear
+
+FORMATS = [
+    "i4[128]*f32",
+    "i4[64]*f32",
+    "i4[32]*f32",
+    "i4[128]*bf16",
+    "u4[128]*f16+u4",
+    "u4[64]*f32+u4",
+    "u4[32]*f32+u4",
+    "e2m1[16]~*e4m3[...]*f32",
+    "e2m1[32]~*e4m3[...]*f32",
+    "e2m1[32]~*e8m0",
+    "i8[1,...]*f32",
+    "i8[...]*f32",
+    "i8[32]~*e8m0",
+    "e4m3[...]*f32",
+    "e4m3[1,...]*f32",
+    "e4m3[128,128]*f32",
+    "e4m3[32]~*e8m0",
+]
+INPUTS = ["", "e4m3[...]*f32", "e4m3[-1]~*f32", "i8[-1]~*f32", "e2m1[16]~*e4m3[...]*f32", "e2m1[32]~*e8m0", "e4m3[32]~*e8m0"]
+OP = torch.ops.modelopt.quantized_linear.default
+
+
+def packed(n: int, k: int, text: str, device: str = "cpu", seed: int = 0) -> list[torch.Tensor]:
+    torch.manual_seed(seed)
+    return law.quantize(torch.randn(n, k, device=device, dtype=torch.bfloat16), parse(text)).parts
+
+
+def values(parts: list[torch.Tensor], text: str, n: int, k: int) -> torch.Tensor:
+    return law.dequantize(law.Quantized.from_parts(parts, parse(text), torch.Size((n, k)), torch.float32))
+
+
+@pytest.mark.parametrize("text", FORMATS)
+def test_it_is_linear_on_the_dequantized_weight(text):
+    parts, x, bias = packed(24, 256, text), torch.randn(2, 3, 256), torch.randn(24)
+    expected = F.linear(x, values(parts, text, 24, 256), bias)
+    assert torch.equal(kernels.quantized_linear(x, parts, text, 24, bias), expected)
+    assert kernels.explain_linear(x, parts, text, 24) == "reference: the tensor is on cpu"
+
+
+@pytest.mark.parametrize("given", INPUTS[1:])
+def test_the_input_is_quantized_first(given):
+    parts, x, amax = packed(24, 256, "i8[1,...]*f32"), torch.randn(5, 256), torch.tensor(3.0)
+    amax = None if parse(given).dynamic and not parse(given).needs_global else amax
+    expected = F.linear(kernels.fake_quantize(x, given, amax), values(parts, "i8[1,...]*f32", 24, 256))
+    assert torch.equal(kernels.quantized_linear(x, parts, "i8[1,...]*f32", 24, None, given, amax), expected)
+
+
+def test_gradient_and_graph():
+    parts, x = packed(24, 256, "i4[64]*f32"), torch.randn(5, 256, requires_grad=True)
+    bias = torch.randn(24, requires_grad=True)
+    kernels.quantized_linear(x, parts, "i4[64]*f32", 24, bias, "i8[-1]~*f32").sum().backward()
+    assert torch.allclose(x.grad, values(parts, "i4[64]*f32", 24, 256).sum(0).expand(5, 256), atol=1e-4)
+    assert torch.equal(bias.grad, torch.full((24,), 5.0))
+    torch.library.opcheck(OP, (x.detach(), parts, "i4[64]*f32", 24, None, "", None))
+
+
+def test_the_registry_offers_it():
+    assert find_kernel("bfloat16", "i4[128]*f32", "bfloat16") is packed_linear
+    assert find_kernel("e4m3[...]*f32", "e4m3[...]*f32", "bfloat16") is packed_linear
+
+
+@pytest.mark.parametrize("scheme", ["INT4_BLOCKWISE_WEIGHT_ONLY_CFG", "FP8_DEFAULT_CFG", "NVFP4_DEFAULT_CFG", "INT8_DEFAULT_CFG"])
+def test_a_module_gives_the_same_through_the_op(scheme):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(256, 48)).to(torch.bfloat16).eval(), torch.randn(3, 256, dtype=torch.bfloat16)
+    mtq.compress(mtq.quantize(model, getattr(mtq, scheme), [x]))
+    with torch.no_grad():
+        expected = model(x)
+        assert torch.equal(packed_linear(x, model[0]), expected)
+        model[0].input_quantizer.pre_quant_scale = torch.rand(256)
+        assert torch.equal(packed_linear(x, model[0]), model(x))
+
+
+def test_configurations_cover_every_step():
+    from modelopt.torch.kernels.matmul import tables
+
+    for m in (1, 8, 9, 16, 17, 64, 128):
+        for n, k in ((14336, 4096), (4096, 14336), (8192, 28672), (48, 128), (64, 640)):
+            for each in (32, 16):
+                how = "narrow" if m <= tables.NARROW_ROWS else "wide"
+                c = tables.choose(how, m, n, k // (4 * each), each, each == 32, 132)
+                assert (k // (4 * each)) % c.PARTS == 0 and c.SPLITS >= 1 and c.BN % (16 * c.warps // c.PARTS) == 0
+
+
+def relative(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a.double() - b).norm() / b.norm()).item()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("text", FORMATS)
+def test_kernels_multiply_what_the_law_says(text):
+    for n, k in ((328, 1024), (64, 640), (4096, 2048)):
+        parts = packed(n, k, text, "cuda")
+        weight, bias = values(parts, text, n, k).double(), torch.randn(n, device="cuda", dtype=torch.bfloat16)
+        for m in (1, 3, 8, 13, 16, 17, 40, 64, 100, 128, 200):
+            x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+            expected = x.double() @ weight.t()
+            name = kernels.explain_linear(x, parts, text, n)
+            assert name in ("narrow", "wide", "dequantize"), name
+            for b in (None, bias):
+                want = expected if b is None else expected + b.double()
+                got = kernels.quantized_linear(x, parts, text, n, b)
+                assert got.dtype == torch.bfloat16 and relative(got, want) < 4e-3, (n, k, m, name)
+                assert torch.equal(got, kernels.quantized_linear(x, parts, text, n, b))  # in one order, every time
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("given", INPUTS[1:])
+@pytest.mark.parametrize(
+    "text", ["e4m3[...]*f32", "e4m3[1,...]*f32", "i8[1,...]*f32", "e2m1[16]~*e4m3[...]*f32", "e2m1[32]~*e8m0"]
+)
+def test_quantized_inputs(text, given):
+    n, k = 512, 1024
+    parts, amax = packed(n, k, text, "cuda"), torch.tensor(4.0, device="cuda")
+    amax = None if parse(given).dynamic and not parse(given).needs_global else amax
+    weight = values(parts, text, n, k).double()
+    for m in (1, 16, 64, 256, 1000):
+        x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+        rounded = law.fake_quantize(x.float(), parse(given), amax)
+        got = kernels.quantized_linear(x, parts, text, n, None, given, amax)
+        assert relative(got, rounded.double() @ weight.t()) < 6e-3, (m, kernels.explain_linear(x, parts, text, n, given))
+
+
+@pytest.mark.gpu
+def test_int8_sums_are_exact():
+    from modelopt.torch.kernels.matmul.triton_int8 import int8_product
+
+    for m, n, k in ((256, 512, 1024), (100, 336, 4096), (1, 64, 64)):
+        x, w = (torch.randint(-128, 128, (r, k), device="cuda", dtype=torch.int8) for r in (m, n))
+        sx, sw = torch.rand(m, 1, device="cuda"), torch.rand(n, 1, device="cuda")
+        bias = torch.randn(n, device="cuda", dtype=torch.bfloat16)
+        sums = x.double() @ w.double().t()
+        expected = (sums.float() * sx * sw.t() + bias.float()).to(torch.bfloat16)
+        assert torch.allclose(int8_product(x, w, sx, sw, bias).float(), expected.float(), rtol=8e-3, atol=1e-3 * k)
+
+
+@pytest.mark.gpu
+def test_what_the_kernels_leave_to_the_law():
+    parts = packed(64, 256, "i4[32]*f32", "cuda")
+    for x, reason in (
+        (torch.randn(2, 256, device="cuda"), "float32"),
+        (torch.randn(0, 256, device="cuda", dtype=torch.bfloat16), "empty"),
+    ):
+        assert reason in kernels.explain_linear(x, parts, "i4[32]*f32", 64)
+        assert kernels.quantized_linear(x, parts, "i4[32]*f32", 64).shape == (x.shape[0], 64)
+    odd = packed(64, 96, "i4[32]*f32", "cuda")
+    x = torch.randn(2, 96, device="cuda", dtype=torch.bfloat16)
+    assert "K = 96" in kernels.explain_linear(x, odd, "i4[32]*f32", 64)
+    assert (
+        relative(kernels.quantized_linear(x, odd, "i4[32]*f32", 64), x.double() @ values(odd, "i4[32]*f32", 64, 96).double().t())
+        < 6e-3
+    )
+
+
+@pytest.mark.gpu
+def test_streams_and_graphs():
+    parts = packed(4096, 4096, "i4[128]*f32", "cuda")
+    x = torch.randn(64, 4096, device="cuda", dtype=torch.bfloat16)
+    expected = kernels.quantized_linear(x, parts, "i4[128]*f32", 4096)
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        out = kernels.quantized_linear(x, parts, "i4[128]*f32", 4096)
+    for _ in range(3):
+        graph.replay()
+    torch.cuda.synchronize()
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("scheme", ["INT4_BLOCKWISE_WEIGHT_ONLY_CFG", "FP8_DEFAULT_CFG", "NVFP4_DEFAULT_CFG", "INT8_DEFAULT_CFG"])
+def test_compressed_models_use_it(scheme):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(512, 1024), nn.ReLU(), nn.Linear(1024, 256)).cuda().to(torch.bfloat16).eval()
+    x = torch.randn(32, 512, device="cuda", dtype=torch.bfloat16)
+    mtq.quantize(model, getattr(mtq, scheme), [x])
+    with torch.no_grad():
+        expected = model(x)
+        mtq.compress(model)
+        assert relative(model(x), expected.double()) < 3e-2  # a rounding apart, the next layer's input may take another code
+        compiled = torch.compile(model, fullgraph=True)
+        assert relative(compiled(x), expected.double()) < 3e-2
