@@ -15,8 +15,11 @@ Kernels must equal this bit for bit. All arithmetic is float32; `/` is the corre
 
 A scale that comes out as zero becomes 1 (e4m3: 2^-9, e8m0: 2^-127), so that stored scales are finite and positive for every
 finite tensor. NaN: a block with a NaN has a NaN scale, hence NaN values; nothing hides it. Infinite inputs saturate under a
-given range; an infinite range is an infinite scale. Rule 46 without a given amax: of amax and 1.5 amax (which puts the largest
-value on 6 or on 4) each block takes the one with the smaller squared error, 6 on a tie.
+given range; an infinite range is an infinite scale. Values are rounded to the dtype of x last; what exceeds that dtype (after a
+scale that was rounded up in float16, or at the very end of float32) is infinite there.
+
+Rule 46 without a given amax: of amax and 1.5 amax (which puts the largest value on 6 or on 4) each block takes the one with the
+smaller squared error, 6 on a tie.
 """
 
 from __future__ import annotations

@@ -144,17 +144,29 @@ def _compare(
     full = plain if asymmetric else (_logits(consumer, ids, inputs=True), _logits(reference, ids, inputs=True))
     largest = float(full[1].abs().max())
     weights, whole = float((plain[0] - plain[1]).abs().max()), float((full[0] - full[1]).abs().max())
-    tolerance = _tolerance(read(directory)) * max(largest, 1e-6)
+    tolerance = _tolerance(read(directory), model) * max(largest, 1e-6)
     close = whole <= _full_tolerance(tolerance, checkpoint) or not comparable
     ok = weights <= tolerance and close and not conversion
     reason = "logits agree" if ok else conversion[0] if conversion else "logits differ by more than rounding"
-    if weights <= tolerance and not close and not conversion:
-        worst, name = largest_layer_difference(reference, consumer, ids)
+    if not ok and not conversion and (weights <= tolerance or _weights_agree(reference, consumer, rounding)):
+        worst, name = largest_layer_difference(reference, consumer, ids) if comparable else (0.0, "inputs are not comparable")
         ok = worst <= LAYER_TOLERANCE
         numbers = f"the largest difference of a layer by itself is {worst:.2g} of its output ({name})"
-        amplified = "weights agree and so does every layer; quantizers after it amplify the last bit of an input"
+        amplified = "every weight agrees to its last bit, and every layer; the layers after it amplify that bit"
         reason = f"{amplified if ok else reason}; {numbers}"
     return VerifyResult(ok, layout, reason, weights, whole, tolerance, largest, ids.numel(), comparable, conversion)
+
+
+def _weights_agree(one: nn.Module, other: nn.Module, rounding: dict[str, torch.dtype]) -> bool:
+    """Return whether all weights are equal up to one step of the dtype that they were rounded to.
+
+    The consumer divides by the global scale, which we multiply by: a product in the middle between two steps goes either way.
+    """
+    for name, dtype in rounding.items():
+        a, b = one.get_submodule(name).weight, other.get_submodule(name).weight
+        if bool(((a - b).abs() > torch.finfo(dtype).eps * a.abs()).any()):
+            return False
+    return True
 
 
 def _fused_two_level(model: nn.Module, checkpoint: Checkpoint) -> bool:
@@ -193,13 +205,24 @@ def _layer_by_layer(directory: Path, checkpoint: Checkpoint) -> str:
     )
 
 
-def _tolerance(checkpoint: Checkpoint) -> float:
-    """Return the difference to allow, relative to the largest logit: float32 sums, or scales with fewer bits."""
+def _tolerance(checkpoint: Checkpoint, model: nn.Module | None) -> float:
+    """Return the difference to allow, relative to the largest logit: float32 sums, or scales that the layout keeps in fewer bits.
+
+    Where `model` itself has its scales in 16 bits, or the directory is compared with its own reading, nothing was rounded.
+    """
     steps = {"bf16": 2.0**-7, "f16": 2.0**-10}
-    return (
-        max((steps.get(str(r.weight_format.stored_scale), 0.0) for r in checkpoint.records() if r.weight_format), default=0.0)
-        or 2.0**-15
-    )
+    stored = {str(r.weight_format.stored_scale) for r in checkpoint.records() if r.weight_format}
+    rounded = stored & set(steps) if model is not None and "f32" in _scale_types(model) else set()
+    return max((steps[name] for name in rounded), default=2.0**-15)
+
+
+def _scale_types(model: nn.Module) -> set[str]:
+    """Return the types in which the enabled weight quantizers of a model keep their scales."""
+    from modelopt.torch.quantization.nn.modules import QuantModule, leaf_quantizers
+
+    weights = [qt for m in model.modules() if isinstance(m, QuantModule) for qt in m.quantized_tensors()]
+    quantizers = [q for qt in weights for q in leaf_quantizers(qt.weight_quantizer) if qt.packed is not None or q.is_enabled]
+    return {str(q.format.stored_scale) for q in quantizers if q.format is not None}
 
 
 def _full_tolerance(tolerance: float, checkpoint: Checkpoint) -> float:
@@ -235,11 +258,11 @@ def _consumer(directory: Path, checkpoint: Checkpoint, dequantize: bool) -> tupl
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):  # progress bars of others
         warnings.simplefilter("ignore")
         model, info = cls.from_pretrained(directory, dtype=torch.float32, output_loading_info=True, **kwargs)
+        if hasattr(model, "ct_decompress_hook"):
+            model.hf_quantizer.compressor.decompress_model(model)
     missing = [k for k in info["missing_keys"] if not k.endswith(("zero_point",))]
     if missing or info["mismatched_keys"]:
         raise ExportError(f"transformers did not find {sorted(missing)[:3]} or found other shapes {info['mismatched_keys']}.")
-    if hasattr(model, "ct_decompress_hook"):
-        model.hf_quantizer.compressor.decompress_model(model)
     rounding = {}
     for name, module in model.named_modules():
         weight = module._parameters.get("weight")
@@ -306,7 +329,7 @@ def _against_reader(
     weights = float((_logits(ours, ids, False) - _logits(wanted, ids, False)).abs().max())
     a, b = _logits(ours, ids, True), _logits(wanted, ids, True)
     whole, largest = float((a - b).abs().max()), float(b.abs().max())
-    tolerance = _tolerance(checkpoint) * max(largest, 1e-6)
+    tolerance = _tolerance(checkpoint, model) * max(largest, 1e-6)
     ok = weights <= tolerance and whole <= _full_tolerance(tolerance, checkpoint)
     return VerifyResult(ok, layout, reason, weights, whole, tolerance, largest, ids.numel())
 
