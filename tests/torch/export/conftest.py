@@ -27,7 +27,7 @@ def make_llama(dtype: torch.dtype = torch.float32, tie: bool = False) -> torch.n
 
 @pytest.fixture(autouse=True, scope="session")
 def _two_threads() -> None:
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -13,8 +13,6 @@ from modelopt.torch.quantization.backends.fp8_per_tensor_gemm import fp8_per_ten
 from modelopt.torch.quantization.backends.gemm_registry import register_kernel, unregister_kernel
 from modelopt.torch.quantization.backends.nvfp4_gemm import FORMAT, NVFP4Kernel
 
-torch.set_num_threads(1)
-
 
 def test_fp8_gemm_multiplies_codes() -> None:
     torch.manual_seed(0)

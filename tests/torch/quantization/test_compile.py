@@ -10,7 +10,6 @@ from torch import nn
 
 import modelopt.torch.quantization as mtq
 
-torch.set_num_threads(1)
 
 SCHEMES = {
     "INT8": mtq.INT8_DEFAULT_CFG,

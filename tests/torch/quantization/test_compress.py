@@ -15,8 +15,6 @@ from modelopt.torch.opt import modelopt_state, restore, restore_from_modelopt_st
 from modelopt.torch.quantization.backends import GEMMRegistry, find_kernel, register_kernel
 from modelopt.torch.quantization.backends.gemm_registry import unregister_kernel
 
-torch.set_num_threads(1)
-
 
 class Net(nn.Module):
     def __init__(self) -> None:

@@ -10,8 +10,6 @@ from torch import nn
 
 import modelopt.torch.quantization as mtq
 
-torch.set_num_threads(1)
-
 
 @pytest.mark.parametrize("fmt", ["i8[1,...]*f32", "nvfp4", "mxfp8", "i4[32]*f32"])
 def test_outputs_stay_and_quantizers_are_off(fmt: str) -> None:

@@ -25,7 +25,6 @@ from modelopt.torch.quantization.conversion import revert_quant_module
 from modelopt.torch.quantization.nn.modules import QuantLinear, QuantModule
 from modelopt.torch.quantization.nn.transforms import rotate
 
-torch.set_num_threads(1)
 INT8 = {"num_bits": 8, "axis": None}
 
 

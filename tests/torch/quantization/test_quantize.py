@@ -26,8 +26,6 @@ from modelopt.core.logging import ModelOptWarning
 from modelopt.torch.opt import apply_mode, history, modelopt_state, restore, restore_from_modelopt_state, save
 from modelopt.torch.quantization.presets import PRESETS
 
-torch.set_num_threads(1)
-
 
 class Net(nn.Module):
     """Two linear layers, a norm and a head; every dimension a multiple of 32."""

@@ -15,7 +15,6 @@ import modelopt.torch.quantization as mtq
 from modelopt.core.errors import ConfigError
 from modelopt.torch.quantization.nn import weight_cache
 
-torch.set_num_threads(1)
 W8 = {"quant_cfg": {"*weight_quantizer": {"num_bits": 8, "axis": 0}}, "algorithm": "max"}
 
 
