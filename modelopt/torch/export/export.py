@@ -53,6 +53,9 @@ def export(
     _refuse(chosen, checkpoint)
     if not checkpoint.layers:
         raise ExportError("Nothing in the model is quantized. Call quantize(model, config, forward_loop) first.")
+    original = None if checkpoint.source is None else checkpoint.source.resolve()
+    if isinstance(model, nn.Module) and original is not None and Path(directory).resolve() in (original, *original.parents):
+        raise ExportError(f"{directory} holds the original model, which the export would replace. Choose another directory.")
     with staged_directory(directory, overwrite) as stage:
         extra = unknown_tensors(model, checkpoint) if isinstance(model, nn.Module) else {}
         full = checkpoint.replace(tensors={**checkpoint.tensors, **extra})
@@ -74,7 +77,10 @@ def _refuse(writer: Writer, checkpoint: Checkpoint) -> None:
         return
     able = [name for name in WRITERS if name != writer.name and WRITERS.get(name)().why_not(checkpoint) is None]
     other = (
-        f'The writer "{able[0]}" can.' if able else "No other writer can either; modelopt.torch.opt.save(model, path) keeps it."
+        f'The writer "{able[0]}" can.'
+        if able
+        else "No other writer can either; modelopt.torch.opt.save(model, path) keeps it. To export the rest, leave such layers "
+        'unquantized: disable_quantizer(model, "*NAME*").'
     )
     raise ExportError(f"The layout {writer.name} cannot hold this model. {reason}. {other}")
 

@@ -3,7 +3,8 @@
     d(layer) = |y1 - y2| / |y1|,   y1, y2: the layer's outputs in both models for one input;   |.| the Euclidean norm
 
 A quantized input near a rounding boundary falls to either side when one bit before it differs, and every later quantizer
-multiplies that: whole logits then differ between two right models. A single layer differs by the few values that flipped.
+multiplies that: whole logits, and whole attentions, then differ between two right models. A single layer differs by the few
+values that flipped.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from modelopt.torch.quantization.nn.modules import QuantModule
 
 
 def largest_layer_difference(model: nn.Module, other: nn.Module, ids: Tensor) -> tuple[float, str]:
-    """Return the largest d(layer) over the quantized layers and attentions of `model`, and the name of that layer.
+    """Return the largest d(layer) over the quantized layers of `model`, and the name of that layer.
 
     `other`, another object, must have the same module names. `ids` [batch, tokens] are the token ids of one forward pass.
 
@@ -33,7 +34,7 @@ def largest_layer_difference(model: nn.Module, other: nn.Module, ids: Tensor) ->
 
     handles = []
     for name, module in model.named_modules():
-        if isinstance(module, QuantModule) or hasattr(module, "k_bmm_quantizer"):
+        if isinstance(module, QuantModule) and not hasattr(module, "k_bmm_quantizer"):
             handles.append(module.register_forward_hook(partial(compare, name), with_kwargs=True))
     try:
         with torch.no_grad():

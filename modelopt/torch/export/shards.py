@@ -20,23 +20,8 @@ from torch import Tensor
 
 from modelopt.core.errors import ExportError
 from modelopt.torch.export.files import write_json
+from modelopt.torch.opt.files import DTYPE_NAMES
 
-DTYPES: dict[torch.dtype, str] = {
-    torch.float64: "F64",
-    torch.int64: "I64",
-    torch.float32: "F32",
-    torch.int32: "I32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.float8_e8m0fnu: "F8_E8M0",
-    torch.complex64: "C64",
-}
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 
@@ -92,7 +77,7 @@ class ShardWriter:
         """Append one tensor. Raises ExportError for a name written before, or a dtype that safetensors lacks."""
         if name in self.weight_map:
             raise ExportError(f'Two tensors are both called "{name}"; one of them would be lost.')
-        if tensor.dtype not in DTYPES:
+        if tensor.dtype not in DTYPE_NAMES:
             raise ExportError(f'"{name}" has dtype {tensor.dtype}, which a safetensors file cannot hold.')
         num_bytes = tensor.numel() * tensor.element_size()
         if self._held and self._held + num_bytes > self._limit:
@@ -120,7 +105,7 @@ class ShardWriter:
         for name, (meta, width, offset) in sorted(self._entries.items(), key=lambda e: start[e[1][1]] + e[1][2]):
             begin = start[width] + offset
             end = begin + meta.numel() * width
-            header[name] = {"dtype": DTYPES[meta.dtype], "shape": list(meta.shape), "data_offsets": [begin, end]}
+            header[name] = {"dtype": DTYPE_NAMES[meta.dtype], "shape": list(meta.shape), "data_offsets": [begin, end]}
         text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
         text += b" " * (-len(text) % 8)
         path = self.directory / f".shard-{len(self._shards)}"

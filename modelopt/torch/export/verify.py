@@ -150,7 +150,7 @@ def _compare(
     reason = "logits agree" if ok else conversion[0] if conversion else "logits differ by more than rounding"
     if not ok and not conversion and (weights <= tolerance or _weights_agree(reference, consumer, rounding)):
         worst, name = largest_layer_difference(reference, consumer, ids) if comparable else (0.0, "inputs are not comparable")
-        ok = worst <= LAYER_TOLERANCE
+        ok = worst <= LAYER_TOLERANCE and _same_cache_scales(checkpoint, consumer)
         numbers = f"the largest difference of a layer by itself is {worst:.2g} of its output ({name})"
         amplified = "every weight agrees to its last bit, and every layer; the layers after it amplify that bit"
         reason = f"{amplified if ok else reason}; {numbers}"
@@ -166,6 +166,16 @@ def _weights_agree(one: nn.Module, other: nn.Module, rounding: dict[str, torch.d
         a, b = one.get_submodule(name).weight, other.get_submodule(name).weight
         if bool(((a - b).abs() > torch.finfo(dtype).eps * a.abs()).any()):
             return False
+    return True
+
+
+def _same_cache_scales(checkpoint: Checkpoint, consumer: nn.Module) -> bool:
+    """Return whether the consumer quantizes keys and values with the scales of the checkpoint."""
+    for kv in checkpoint.kv.values():
+        for key, scale in (("k_scale", kv.k_scale), ("v_scale", kv.v_scale)):
+            theirs = getattr(consumer.get_submodule(kv.name), key, None)
+            if scale is None or theirs is None or not torch.equal(theirs.detach().float().reshape(()), scale.float().reshape(())):
+                return False
     return True
 
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 import modelopt
 from modelopt.core.config import Config
 from modelopt.core.errors import CheckpointError, ConfigError, ModeError, ModelOptError, UnknownNameError
+from modelopt.core.files import staged_directory, staged_file
 from modelopt.torch.opt import files, foreign
 from modelopt.torch.opt.mode import HISTORY, Mode, ModeRegistry, Step, history, nested_histories, new_mode, record, refresh
 from modelopt.torch.opt.surgery import walk
@@ -164,12 +165,12 @@ def save(model: nn.Module, path: str | Path, overwrite: bool = False) -> None:
     tensors, aliases = gather(inner)
     metadata = {files.ALIAS_KEY: json.dumps(aliases)}
     if files.is_directory_path(target):
-        with files.staged_directory(target, overwrite, own=files.OWN_FILES) as stage:
+        with staged_directory(target, overwrite, own=files.OWN_FILES, last=files.STATE_FILE) as stage:
             files.write_tensors(stage / files.TENSOR_FILE, tensors, metadata)
             (stage / files.STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
         return
     metadata[files.STATE_KEY] = json.dumps(state)
-    with files.staged_file(target, overwrite or _is_own_file(target)) as stage:
+    with staged_file(target, overwrite or _is_own_file(target)) as stage:
         files.write_tensors(stage, tensors, metadata)
 
 

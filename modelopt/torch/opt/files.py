@@ -1,4 +1,4 @@
-"""Files: directories that appear whole or not at all, and safetensors files that keep ties and every bit.
+"""Safetensors files that keep ties and every bit, and the JSON beside them, read as the work of strangers.
 
 Layout of a saved model:  DIR/modelopt.json + DIR/model.safetensors,  or one FILE.safetensors whose metadata holds the JSON under
 "modelopt". Tensors that share memory are written once; the metadata "modelopt_aliases" maps their other names to the first.
@@ -10,11 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
-import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -58,6 +53,7 @@ DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
     "C64": torch.complex64,
 }
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def read_json(text: str, where: str) -> Any:
@@ -107,74 +103,6 @@ def read_text(path: Path) -> str:
         raise CheckpointError(f"{path} cannot be read: {error}.") from error
 
 
-@contextmanager
-def staged_directory(path: str | Path, overwrite: bool = False, own: set[str] | None = None) -> Iterator[Path]:
-    """Yield an empty temporary sibling of `path`; when the block ends without an error it becomes `path`, else it is removed.
-
-    An existing directory is replaced if it is empty, or holds nothing but files named in `own`. Any other one is refused with
-    CheckpointError unless `overwrite`; then the new files replace those of the same name and the rest stays.
-    """
-    target = Path(path)
-    if target.exists() and not target.is_dir():
-        raise CheckpointError(f"{target} is a file, and a directory is to be written there. Choose another path.")
-    names = set(os.listdir(target)) if target.is_dir() else set()
-    replaceable = names <= (own or set())
-    if not (replaceable or overwrite):
-        raise CheckpointError(
-            f"The directory {target} is not empty ({', '.join(sorted(names)[:3])}). Choose another one, or pass overwrite=True."
-        )
-    absolute = target.absolute()
-    stage = absolute.with_name(f".{absolute.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        stage.mkdir(parents=True)
-        yield stage
-        if replaceable:
-            _swap(stage, absolute)
-        else:
-            _merge(stage, absolute)
-    except OSError as error:
-        raise CheckpointError(f"{target} could not be written: {error}. Free the cause, or choose another path.") from error
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
-
-
-def _swap(stage: Path, target: Path) -> None:
-    if not target.exists():
-        os.rename(stage, target)
-        return
-    old = stage.with_suffix(".old")
-    os.rename(target, old)
-    try:
-        os.rename(stage, target)
-    except BaseException:
-        os.rename(old, target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _merge(stage: Path, target: Path) -> None:
-    (target / STATE_FILE).unlink(missing_ok=True)  # an interrupted merge is then seen as incomplete, never as another model
-    for name in sorted(os.listdir(stage), key=lambda n: n == STATE_FILE):
-        os.replace(stage / name, target / name)
-
-
-@contextmanager
-def staged_file(path: str | Path, overwrite: bool = False) -> Iterator[Path]:
-    """Yield a temporary sibling of the file `path`, which it becomes when the block ends without an error."""
-    target = Path(path).absolute()
-    if target.exists() and not overwrite:
-        raise CheckpointError(f"{path} exists. Choose another path, or pass overwrite=True.")
-    stage = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.tmp")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        yield stage
-        os.replace(stage, target)
-    except OSError as error:
-        raise CheckpointError(f"{path} could not be written: {error}. Free the cause, or choose another path.") from error
-    finally:
-        stage.unlink(missing_ok=True)
-
-
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Write tensors, none of which may share memory, into one safetensors file. Raises CheckpointError."""
     meta = [name for name, t in tensors.items() if t.device.type == "meta"]
@@ -213,6 +141,8 @@ class TensorSource:
             handle = safe_open(file, framework="pt")
             self.metadata.update(handle.metadata() or {})
             for name in handle.keys():  # noqa: SIM118 - not a mapping
+                if name in self.infos:
+                    raise CheckpointError(f'"{name}" is in {self.infos[name].file.name} and again in {file.name}.')
                 view = handle.get_slice(name)
                 kind = view.get_dtype()
                 if kind not in DTYPES:
@@ -248,15 +178,19 @@ def tensor_files(directory: Path) -> list[Path]:
     single, index = directory / TENSOR_FILE, directory / INDEX_FILE
     if single.is_file() or not index.is_file():
         return [single]
+    return [directory / name for name in sorted(set(read_index(index).values()))]
+
+
+def read_index(index: Path) -> dict[str, str]:
+    """Return {tensor: file name} of an index; every file lies beside it. Raises CheckpointError."""
     data = read_json(read_text(index), str(index))
     shards = data.get("weight_map") if isinstance(data, dict) else None
     if not isinstance(shards, dict) or not all(isinstance(s, str) for s in shards.values()):
         raise CheckpointError(f'{index} has no "weight_map" of file names.')
-    names = sorted(set(shards.values()))
-    for name in names:
+    for name in set(shards.values()):
         if Path(name).name != name or not name.endswith(".safetensors"):
             raise CheckpointError(f"{index} names {name!r:.80}, which is no safetensors file of the same directory.")
-    return [directory / name for name in names]
+    return shards
 
 
 def is_directory_path(path: Path) -> bool:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from modelopt.core.errors import CheckpointError, ConfigError
+from modelopt.core.files import staged_directory
 from modelopt.core.plugins import require
 from modelopt.torch.opt import files
 from modelopt.torch.opt.conversion import ModeloptStateManager, load_modelopt_state, modelopt_state, parse_state, replay
@@ -190,7 +191,7 @@ def save_pretrained(model: Any, path: str | Path, overwrite: bool = False, **kwa
         raise ConfigError(f"A {type(inner).__name__} is no transformers model; use modelopt.torch.opt.save.")
     write = type(inner).save_pretrained
     wrapped = write if getattr(write, "_modelopt", False) else _wrap_saver(write)
-    with files.staged_directory(path, overwrite) as stage:
+    with staged_directory(path, overwrite, last=files.STATE_FILE) as stage:
         wrapped(inner, stage, **kwargs)
 
 

@@ -106,3 +106,12 @@ def test_sizes(text, size):
 def test_sizes_that_are_none(text):
     with pytest.raises(ExportError, match="max_shard_size"):
         shards.parse_size(text)
+
+
+def test_the_current_directory_and_the_original_model_are_not_replaced(tmp_path, monkeypatch):
+    (tmp_path / "thesis").write_text("1")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ExportError, match="current directory"):
+        with files.staged_directory(".", overwrite=True):
+            pass
+    assert (tmp_path / "thesis").exists()

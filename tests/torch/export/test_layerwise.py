@@ -10,6 +10,7 @@ import modelopt.torch.quantization as mtq
 from modelopt.torch.export import export, load, verify
 from modelopt.torch.export.layerwise import largest_layer_difference
 from modelopt.torch.export.readers.files import inverse
+from modelopt.torch.export.verify import _weights_agree
 
 
 def with_cache(config):
@@ -20,9 +21,9 @@ def test_a_layer_shows_what_is_wrong_in_it(quantized, ids):
     model = quantized(with_cache(mtq.NVFP4_DEFAULT_CFG))
     other = copy.deepcopy(model)
     assert largest_layer_difference(model, other, ids)[0] == 0
-    other.model.layers[1].self_attn.v_bmm_quantizer.amax *= 1.1
+    other.model.layers[1].mlp.down_proj.input_quantizer.amax *= 1.1
     worst, name = largest_layer_difference(model, other, ids)
-    assert worst > 0.01 and name == "model.layers.1.self_attn"
+    assert worst > 0.01 and name == "model.layers.1.mlp.down_proj"
     assert not any(module._forward_hooks for module in model.modules())
 
 
@@ -49,3 +50,16 @@ def test_the_inverse_of_a_divisor_gives_it_back():
     back = torch.stack([inverse(d) for d in divisors])
     assert torch.equal(back.reciprocal(), divisors)
     assert bool(((back.view(torch.int32) - scales.view(torch.int32)).abs() <= 1).all())
+
+
+def test_weights_agree_to_one_step_of_their_dtype():
+    torch.manual_seed(0)
+    one = torch.nn.Sequential(torch.nn.Linear(8, 8))
+    other = copy.deepcopy(one)
+    rounding = {"0": torch.bfloat16}
+    with torch.no_grad():
+        other[0].weight[1, 2] *= 1 + 2.0**-8
+    assert _weights_agree(one, other, rounding)
+    with torch.no_grad():
+        other[0].weight[1, 2] *= 1 + 2.0**-6
+    assert not _weights_agree(one, other, rounding)

@@ -261,3 +261,11 @@ def test_weights_are_packed_one_at_a_time(tmp_path, quantized, monkeypatch):
     monkeypatch.setattr(Deferred, "quantized", spy)
     export(quantized(mtq.NVFP4_DEFAULT_CFG), tmp_path / "out", "hf")
     assert len(most) == 14 and max(most) <= 2  # the one being made, and the one just handed over
+
+
+def test_an_export_does_not_replace_its_source(tmp_path, quantized, llama):
+    llama().save_pretrained(tmp_path / "source")
+    for target in (tmp_path / "source", tmp_path):
+        with pytest.raises(ExportError, match="holds the original model"):
+            export(quantized(mtq.FP8_DEFAULT_CFG), target, source=tmp_path / "source", overwrite=True)
+    assert (tmp_path / "source" / "model.safetensors").exists()

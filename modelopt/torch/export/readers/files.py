@@ -5,20 +5,16 @@ Tensors are read one at a time (the files are mapped), so a checkpoint larger th
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from modelopt.core.config import load_json
 from modelopt.core.errors import CheckpointError, ConfigError
-
-INDEX = "model.safetensors.index.json"
-MAX_INDEX_BYTES = 64 * 2**20
+from modelopt.torch.opt.files import DTYPE_NAMES, INDEX_FILE, TensorSource, read_index
 
 
 class Tensors(Mapping[str, Tensor]):
@@ -29,69 +25,36 @@ class Tensors(Mapping[str, Tensor]):
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
-        self._files: dict[str, Any] = {}
-        self._where: dict[str, str] = {}
-        names = self._file_names()
-        for name in names:
-            path = self.directory / name
-            if not path.is_file():
-                raise CheckpointError(f"{path} is missing. Fetch the checkpoint again.")
-            try:
-                self._files[name] = safe_open(path, framework="pt", device="cpu")
-            except (SafetensorError, OSError, ValueError) as error:
-                raise CheckpointError(f"{path} is truncated or no safetensors file: {error}. Fetch it again.") from error
-            for key in self._files[name].keys():  # noqa: SIM118 - a safetensors handle is no dict
-                if key in self._where:
-                    raise CheckpointError(f'"{key}" is in {self._where[key]} and again in {name}.')
-                self._where[key] = name
-        self._check_index()
-
-    def _file_names(self) -> list[str]:
         if not self.directory.is_dir():
             raise CheckpointError(
                 f"{self.directory} is no directory. A checkpoint is a directory with config.json and safetensors."
             )
-        self._index: dict[str, str] = {}
-        if (self.directory / INDEX).is_file():
-            data = _read_index(self.directory / INDEX)
-            weight_map = data.get("weight_map")
-            if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-                raise CheckpointError(f"{self.directory / INDEX} has no weight_map of names to files.")
-            for name in set(weight_map.values()):
-                if Path(name).name != name or not name.endswith(".safetensors"):
-                    raise CheckpointError(f"{self.directory / INDEX} points to {name!r}, which is no safetensors file beside it.")
-            self._index = weight_map
-            return sorted(set(weight_map.values()))
-        found = sorted(p.name for p in self.directory.glob("*.safetensors"))
-        if not found:
+        index = self.directory / INDEX_FILE
+        where = read_index(index) if index.is_file() else {}
+        names = sorted(set(where.values())) or sorted(p.name for p in self.directory.glob("*.safetensors"))
+        if not names:
             raise CheckpointError(f"There is no safetensors file in {self.directory}.")
-        return found
-
-    def _check_index(self) -> None:
-        lost = [key for key, name in self._index.items() if self._where.get(key) != name]
-        if lost:
-            raise CheckpointError(f"{self.directory / INDEX} names {lost[0]} in {self._index[lost[0]]}, which does not hold it.")
+        self._source = TensorSource([self.directory / name for name in names])
+        for key, name in where.items():
+            if key not in self._source.infos or self._source.infos[key].file.name != name:
+                raise CheckpointError(f"{index} names {key} in {name}, which does not hold it.")
 
     def __getitem__(self, key: str) -> Tensor:
-        name = self._where[key]
-        try:
-            return self._files[name].get_tensor(key)
-        except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-            raise CheckpointError(f'"{key}" in {self.directory / name} cannot be read: {error}.') from error
+        return self._source.get(key)
 
     def shape(self, key: str) -> list[int]:
         """Return the shape of a tensor without reading it."""
-        return list(self._files[self._where[key]].get_slice(key).get_shape())
+        return list(self._source.infos[key].shape)
 
     def dtype(self, key: str) -> str:
         """Return the safetensors dtype of a tensor without reading it."""
-        return str(self._files[self._where[key]].get_slice(key).get_dtype())
+        return DTYPE_NAMES[self._source.infos[key].dtype]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._where)
+        return iter(self._source.infos)
 
     def __len__(self) -> int:
-        return len(self._where)
+        return len(self._source.infos)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -102,19 +65,6 @@ def read_json(path: Path) -> dict[str, Any]:
         data = load_json(path)
     except ConfigError as error:
         raise CheckpointError(str(error)) from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} is no JSON object.")
-    return data
-
-
-def _read_index(path: Path) -> dict[str, Any]:
-    """Read an index, which names every tensor and may be larger than a configuration."""
-    if path.stat().st_size > MAX_INDEX_BYTES:
-        raise CheckpointError(f"{path} has {path.stat().st_size} bytes; at most {MAX_INDEX_BYTES} are read.")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}.") from error
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} is no JSON object.")
     return data
