@@ -52,6 +52,8 @@ def collect(model: nn.Module, source: str | Path | None = None, cast: torch.dtyp
     config = huggingface.config_of(model, dtype)
     if tied_head_is_packed(config, layers, tensors):
         config["tie_word_embeddings"] = False
+        for name in [n for n in tied if n.rpartition(".")[0] in layers]:  # its bias is then no longer tied either
+            tensors[name] = tensors[tied.pop(name)]
     return Checkpoint(
         layers=layers,
         tensors=huggingface.revert_names(model, tensors),
@@ -75,7 +77,10 @@ def model_dtype(model: nn.Module) -> torch.dtype:
 
 def tied_head_is_packed(config: dict[str, Any], layers: dict[str, LayerRecord], tensors: dict[str, Tensor]) -> bool:
     """Return whether the output head became packed codes while the embedding, its twin in memory, stays as it was."""
-    return bool(config.get("tie_word_embeddings")) and any(name.endswith("lm_head") for name in layers)
+    kept = {(t.device, t.data_ptr()) for t in tensors.values() if t.device.type != "meta"}
+    shared = (r.weight.tensor for r in layers.values() if isinstance(r.weight, Deferred))
+    twins = any((t.device, t.data_ptr()) in kept for t in shared)
+    return bool(config.get("tie_word_embeddings")) and (twins or any(name.endswith("lm_head") for name in layers))
 
 
 def _quantizer_prefixes(model: nn.Module) -> tuple[str, ...]:

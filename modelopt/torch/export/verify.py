@@ -300,7 +300,11 @@ def _fold(module: Any, dtype: torch.dtype | None) -> None:
             module._modules.pop(f"{qt.name}_packed")
             module.register_parameter(qt.name, nn.Parameter(_rounded(qt.packed(), dtype), requires_grad=False))
         else:  # our reader's models hold dequantized values and no weight quantizers
-            qt.tensor.copy_(_rounded(qt.weight_quantizer(qt.tensor) if qt.weight_quantizer.is_enabled else qt.tensor, dtype))
+            value = _rounded(qt.weight_quantizer(qt.tensor) if qt.weight_quantizer.is_enabled else qt.tensor, dtype)
+            if qt.expert is None:  # a parameter of its own: an embedding that it was tied to stays as it is
+                module._parameters[qt.name] = nn.Parameter(value, requires_grad=False)
+            else:
+                qt.tensor.copy_(value)
             qt.weight_quantizer.disable()
 
 

@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -269,3 +270,17 @@ def test_an_export_does_not_replace_its_source(tmp_path, quantized, llama):
         with pytest.raises(ExportError, match="holds the original model"):
             export(quantized(mtq.FP8_DEFAULT_CFG), target, source=tmp_path / "source", overwrite=True)
     assert (tmp_path / "source" / "model.safetensors").exists()
+
+
+def test_a_packed_head_of_another_name_is_no_longer_tied(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 256}
+    model = transformers.BertForMaskedLM(transformers.BertConfig(**sizes)).eval()
+    model = mtq.quantize(model, mtq.INT8_WEIGHT_ONLY_CFG)
+    mtq.enable_quantizer(model, "*predictions.decoder.weight_quantizer")
+    export(model, tmp_path / "out")
+    checkpoint = read(tmp_path / "out")
+    assert "cls.predictions.decoder" in checkpoint.layers and "cls.predictions.decoder.bias" in checkpoint.tensors
+    assert checkpoint.config["tie_word_embeddings"] is False
+    result = verify(tmp_path / "out", model)
+    assert result.ok, str(result)
