@@ -24,8 +24,8 @@ from modelopt.recipes.steps import resolve_steps
 from modelopt.torch import kernels
 from modelopt.torch.export.checkpoint import Checkpoint, Deferred, LayerRecord
 from modelopt.torch.export.collect import collect
-from modelopt.torch.export.shards import DTYPES
 from modelopt.torch.export.writers import WRITERS
+from modelopt.torch.opt.files import DTYPE_NAMES
 from modelopt.torch.opt.mode import record
 from modelopt.torch.quantization.config import QuantizeConfig
 from modelopt.torch.quantization.conversion import configure, decide, named_quantizers, plan, replace_quant_module
@@ -199,7 +199,7 @@ def measure(checkpoint: Checkpoint, layout: str, carried: dict[str, tuple[tuple[
     for one in checkpoint.records():
         tensors = _encoded(one, writer)
         for key, t in tensors.items():
-            header[f"{one.name}.{key}"] = (DTYPES.get(t.dtype, "U8"), list(t.shape), t.nbytes)
+            header[f"{one.name}.{key}"] = (DTYPE_NAMES.get(t.dtype, "U8"), list(t.shape), t.nbytes)
         layers[one.name] = sum(t.nbytes for t in tensors.values())
         weights += math.prod(one.shape)
         weight_bytes += layers[one.name]
@@ -207,9 +207,9 @@ def measure(checkpoint: Checkpoint, layout: str, carried: dict[str, tuple[tuple[
         for kv in checkpoint.kv.values():
             if writer.why_not_kv(kv) is None:
                 for name, t in writer.encode_kv(kv, checkpoint).items():
-                    header[name] = (DTYPES[t.dtype], list(t.shape), t.nbytes)
+                    header[name] = (DTYPE_NAMES[t.dtype], list(t.shape), t.nbytes)
     for name, t in checkpoint.tensors.items():
-        header[name] = (DTYPES.get(t.dtype, "U8"), list(t.shape), t.nbytes)
+        header[name] = (DTYPE_NAMES.get(t.dtype, "U8"), list(t.shape), t.nbytes)
     for name, (shape, dtype, nbytes) in (carried or {}).items():
         header[name] = (dtype, list(shape), nbytes)
     total = sum(nbytes for _, _, nbytes in header.values())
