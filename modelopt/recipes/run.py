@@ -81,6 +81,8 @@ def run_recipe(
         raise ConfigError("The recipe names no model. Add the key model, or pass --model.")
     source = open_source(recipe.model)
     require_plain(source)
+    if target.resolve() == source.directory.resolve() or target.resolve() in source.directory.resolve().parents:
+        raise ConfigError(f"{target} is (or holds) the original model itself. Choose another output directory.")
     where, dtype = compute_device(device), compute_dtype(source, recipe.dtype)
     plan = plan_source(source, recipe, trust_remote_code)
     _refuse(plan)

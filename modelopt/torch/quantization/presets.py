@@ -60,6 +60,8 @@ default_disabled: list[Entry] = [
     *_off("*visual*", "*vision_model*", "*multi_modal_projector*"),
     *[{"quantizer_name": "*", "parent_class": name, "enable": False} for name in OFF_CLASSES],
 ]
+# Heads that NVIDIA's list does not know: sequence, token and question heads, and the masked-language heads of BERT and its kin.
+heads_disabled: list[Entry] = _off("classifier.*", "score.*", "qa_outputs.*", "cls.*", "vocab_projector.*", "generator_lm_head.*")
 mamba_moe_disabled: list[Entry] = _off(
     *("*fc1_latent_proj*", "*fc2_latent_proj*", "*q_proj*", "*k_proj*", "*v_proj*", "*o_proj*"),
     *("*self_attention.linear_qkv*", "*self_attention.linear_proj*"),
@@ -68,7 +70,7 @@ _MIXER_PROJ = _off("*mixer.in_proj*", "*mixer.out_proj*")
 
 
 def _preset(entries: list[Entry], algorithm: Any, off: list[Entry] | None = None) -> Preset:
-    tail = copy.deepcopy([*default_disabled, *(off or [])])
+    tail = copy.deepcopy([*default_disabled, *heads_disabled, *(off or [])])
     return {"quant_cfg": [*_off("*"), *entries, *tail], "algorithm": algorithm}
 
 

@@ -10,7 +10,6 @@ from torch import nn
 
 import modelopt.torch.quantization as mtq
 
-
 SCHEMES = {
     "INT8": mtq.INT8_DEFAULT_CFG,
     "INT4": mtq.INT4_BLOCKWISE_WEIGHT_ONLY_CFG,

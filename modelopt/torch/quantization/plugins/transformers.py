@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from modelopt.torch.opt.surgery import original_class, walk
@@ -26,6 +27,7 @@ READ_DIRECTLY = {
     "JambaMambaMixer": ("dt_proj",),
     "MobileBertLMPredictionHead": ("dense", "decoder"),
 }
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d)
 
 
 def prepare(model: nn.Module) -> dict[nn.Module, str]:
@@ -38,6 +40,8 @@ def prepare(model: nn.Module) -> dict[nn.Module, str]:
     register_attention({type(module) for module in modules})
     kept = {}
     for module in modules:
+        if isinstance(module, CONVOLUTIONS) and isinstance(model, PreTrainedModel):
+            kept[module] = "a convolution of a transformers model (patches, audio frames): no engine's layout holds it quantized"
         kind = original_class(module).__name__
         for name in READ_DIRECTLY.get(kind, ()):
             if name in module._modules:
