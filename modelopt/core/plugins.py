@@ -28,9 +28,9 @@ def has(module: str) -> bool:
 def require(module: str, extra: str, why: str = "") -> ModuleType:
     """Import and return `module`, or raise MissingDependencyError that names the extra to install."""
     if not has(module):
-        reason = f" {why}" if why else ""
+        name, reason = module.split(".")[0], f" {why}" if why else ""
         raise MissingDependencyError(
-            f'The package "{module.split(".")[0]}" is not installed, and it is needed{reason}. Run: pip install "modelopt[{extra}]"'
+            f'The package "{name}" is not installed, and it is needed{reason}. Run: pip install "modelopt[{extra}]"'
         )
     return importlib.import_module(module)
 

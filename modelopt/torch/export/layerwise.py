@@ -38,7 +38,7 @@ def largest_layer_difference(model: nn.Module, other: nn.Module, ids: Tensor) ->
             handles.append(module.register_forward_hook(partial(compare, name), with_kwargs=True))
     try:
         with torch.no_grad():
-            model(input_ids=ids, use_cache=False)
+            model(**model_inputs(model, ids))
     finally:
         for handle in handles:
             handle.remove()
@@ -48,3 +48,18 @@ def largest_layer_difference(model: nn.Module, other: nn.Module, ids: Tensor) ->
 def _first(output: Any) -> Tensor:
     value: Tensor = output[0] if isinstance(output, tuple) else output
     return value.float()
+
+
+def model_inputs(model: nn.Module, ids: Tensor) -> dict[str, Any]:
+    """Return the arguments with which a transformers model runs on token `ids` [batch, tokens].
+
+    An encoder-decoder gets the ids in its decoder, and in its encoder the same ids or, for speech, fixed random features.
+    """
+    config: Any = model.config
+    if not getattr(config, "is_encoder_decoder", False):
+        return {"input_ids": ids}
+    inputs: dict[str, Any] = {"decoder_input_ids": ids, "use_cache": False}
+    if not hasattr(config, "num_mel_bins"):
+        return {"input_ids": ids, **inputs}
+    shape = (len(ids), config.num_mel_bins, 2 * config.max_source_positions)
+    return {"input_features": torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(ids.device), **inputs}

@@ -33,7 +33,7 @@ from modelopt.core.plugins import require
 from modelopt.torch.export import huggingface
 from modelopt.torch.export.checkpoint import Checkpoint, differences
 from modelopt.torch.export.files import write_json
-from modelopt.torch.export.layerwise import largest_layer_difference
+from modelopt.torch.export.layerwise import largest_layer_difference, model_inputs
 from modelopt.torch.export.readers import compressed_tensors as ct_reader
 from modelopt.torch.export.readers.files import Tensors, read_json
 from modelopt.torch.export.readers.model import layer_targets, load, read
@@ -325,7 +325,7 @@ def _logits(model: nn.Module, ids: Tensor, inputs: bool) -> Tensor:
                 undo.append(module.enable)
     try:
         with torch.no_grad():
-            return model(input_ids=ids).logits.float()
+            return model(**model_inputs(model, ids)).logits.float()
     finally:
         for one in undo:
             one()

@@ -284,3 +284,30 @@ def test_a_packed_head_of_another_name_is_no_longer_tied(tmp_path):
     assert checkpoint.config["tie_word_embeddings"] is False
     result = verify(tmp_path / "out", model)
     assert result.ok, str(result)
+
+
+def test_an_encoder_decoder_of_speech_goes_through_transformers(tmp_path):
+    config = transformers.WhisperConfig(
+        vocab_size=256,
+        d_model=128,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=256,
+        decoder_ffn_dim=256,
+        num_mel_bins=16,
+        max_source_positions=32,
+        max_target_positions=64,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=1,
+        suppress_tokens=[],
+        begin_suppress_tokens=[],
+    )
+    model = transformers.WhisperForConditionalGeneration(config).eval()
+    batch = {"input_features": torch.randn(2, 16, 64), "decoder_input_ids": torch.randint(3, 250, (2, 8))}
+    export(mtq.quantize(model, mtq.FP8_DEFAULT_CFG, forward_loop=[batch]), tmp_path / "out")
+    result = verify(tmp_path / "out", model)
+    assert result.ok and result.difference < 1e-5, str(result)
