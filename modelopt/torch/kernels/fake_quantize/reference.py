@@ -8,6 +8,7 @@ from torch import Tensor
 from modelopt.numerics import Format
 from modelopt.numerics import reference as law
 from modelopt.torch.kernels import chunks
+from modelopt.torch.kernels.fake_quantize import lanes
 
 
 def fake_quantize(
@@ -17,6 +18,11 @@ def fake_quantize(
     law.check(x, fmt)
     if x.numel() == 0:
         return x.new_empty(x.shape)
+    given = law.given_range(x.shape, fmt, amax, global_amax, amin)
+    if given[0] is None and lanes.why_not(x, fmt, ranged=False) is None and (given[1] is not None or not fmt.needs_global):
+        return lanes.fake_quantize(x, fmt, None, given[1])
+    if lanes.why_not(x, fmt, ranged=True) is None:
+        return lanes.fake_quantize(x, fmt, chunks.find_scales(x, fmt, amax, global_amax, amin), None)
     return chunks.chunked_fake_quantize(x, fmt, chunks.find_scales(x, fmt, amax, global_amax, amin))
 
 
