@@ -1,6 +1,6 @@
 """What `import modelopt.torch.quantization` costs over `import torch`: CPU seconds, memory, modules.
 
-    python -m benchmarks.imports
+python -m benchmarks.imports
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ def measure(module: str, use: str = "", repeats: int = 5) -> tuple[float, float,
     """Return (median CPU seconds, median MB, modules) over `import torch`."""
     rows = []
     for _ in range(repeats):
-        run = subprocess.run([sys.executable, "-c", PROBE.replace("MODULE", module).replace("USE", use)], capture_output=True, text=True, check=True)
+        code = PROBE.replace("MODULE", module).replace("USE", use)
+        run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
         rows.append(json.loads(run.stdout))
     return statistics.median(r[0] for r in rows), statistics.median(r[1] for r in rows), rows[0][2]
 

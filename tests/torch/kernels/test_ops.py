@@ -11,7 +11,7 @@ from modelopt.numerics import reference as law
 from modelopt.torch import kernels
 from tests.numerics.test_reference import EVERY
 
-SHAPES = [(), (1,), (7, 200), (3, 5, 64), (0, 4), (700, 1000), (1, 4, 5, 6)]
+SHAPES = [(), (1,), (7, 200), (3, 5, 64), (0, 4), (300, 1000), (1, 4, 5, 6)]
 MAIN = [
     "i8[1,...]*f32",
     "i8[...]*f32",
