@@ -10,6 +10,7 @@ from modelopt.numerics import element, parse
 from modelopt.numerics.reference import block_amax, compute_scales, fake_quantize
 from modelopt.torch.kernels import chunks
 from modelopt.torch.quantization.calib import MseCalibrator
+from modelopt.torch.quantization.calib import weights as weights_module
 from modelopt.torch.quantization.calib.weights import block_errors, max_ranges, mse_ranges, multipliers, positive_codes, window
 
 NVFP4_STATIC = "e2m1[16]*e4m3[...]*f32"
@@ -153,3 +154,16 @@ def test_temporary_memory_is_that_of_chunks(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torch.Tensor, "float", spy)
     mse_ranges(w, parse("i4[64]*f32"), (0.8, 1.0))
     assert biggest <= chunks.CHUNK < w.numel()
+
+
+@pytest.mark.parametrize("text", ["e2m1[16]*e4m3[...]*f32", "u4[32]*f32+u4", "e4m3[8,32]*f32", "i8[1,...]*f32"])
+def test_searching_by_rows_finds_the_same(text, monkeypatch):
+    f, w = parse(text), torch.randn(50, 96)
+    whole = mse_ranges(w, f, DEFAULT, fp8_sweep=f.is_two_level)
+    monkeypatch.setattr(weights_module, "SEARCHED", 1000)
+    parts = mse_ranges(w, f, DEFAULT, fp8_sweep=f.is_two_level)
+    assert torch.equal(parts.amax, whole.amax)
+    assert whole.amin is None or torch.equal(parts.amin, whole.amin)
+    assert (parts.global_amax is None) == (whole.global_amax is None) and (
+        parts.global_amax is None or parts.global_amax == whole.global_amax
+    )

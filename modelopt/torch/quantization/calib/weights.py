@@ -55,6 +55,9 @@ def max_ranges(weight: Tensor, fmt: Format, tensor_amax: Tensor | None = None) -
     return Ranges(amax, tensor_amax)
 
 
+SEARCHED = 1 << 21  # elements searched at a time: the candidates of a scale per 16 weights take several times the weights
+
+
 def multipliers(start: float, stop: float, step: float) -> tuple[float, ...]:
     """Return start, start + step, ... up to and including stop. Raises ConfigError for values that make no list."""
     if not (0 < start <= stop < math.inf and step > 0) or (stop - start) / step > 10_000:
@@ -73,6 +76,9 @@ def mse_ranges(
     if fmt.dynamic:
         return max_ranges(weight, fmt)
     weight = weight.detach()
+    rows = _rows_at_once(weight, fmt)
+    if weight.dim() and rows < len(weight):
+        return _mse_by_rows(weight, rows, fmt, factors, fp8_sweep, tensor_amax)
     amin = None
     if fmt.zero is not None:
         amin, amax = block_range(weight, fmt)
@@ -99,6 +105,28 @@ def mse_ranges(
         if low is not None and best_amin is not None:
             best_amin = torch.where(better, low, best_amin)
     return Ranges(best_amax, tensor_amax, best_amin)
+
+
+def _rows_at_once(weight: Tensor, fmt: Format) -> int:
+    """Return how many rows to search together: whole blocks, about `SEARCHED` elements, or all rows where a block spans them."""
+    if weight.dim() < 2 or weight.numel() <= SEARCHED:
+        return weight.shape[0] if weight.dim() else 0
+    unit = fmt.block.sizes(weight.shape)[0]
+    if unit == weight.shape[0]:
+        return unit
+    return max(SEARCHED // (weight.numel() // weight.shape[0]) // unit, 1) * unit
+
+
+def _mse_by_rows(
+    weight: Tensor, rows: int, fmt: Format, factors: tuple[float, ...], fp8_sweep: bool, tensor_amax: Tensor | None
+) -> Ranges:
+    if fmt.needs_global and tensor_amax is None:
+        tensor_amax = kernels.amax(weight, "i8[...]*f32")
+    parts = [mse_ranges(part, fmt, factors, fp8_sweep, tensor_amax) for part in weight.split(rows)]
+    found = [p for p in parts if p is not None]
+    lows = [p.amin for p in found if p.amin is not None]
+    whole = tensor_amax if fmt.needs_global else None
+    return Ranges(torch.cat([p.amax for p in found]), whole, torch.cat(lows) if lows else None)
 
 
 def block_errors(weight: Tensor, fmt: Format, scales: Scales) -> Tensor:
