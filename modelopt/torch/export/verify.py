@@ -88,7 +88,7 @@ def verify(directory: str | Path, model: nn.Module | None = None, input_ids: Ten
         return VerifyResult(False, "unknown", "config.json names no transformers architecture; only the files could be read")
     layout = "compressed-tensors" if _is_compressed_tensors(directory) else "hf"
     if layout == "compressed-tensors":
-        return _compare(directory, checkpoint, model, input_ids, layout, ())
+        return _compare(directory, checkpoint, checkpoint, model, input_ids, layout, ())
     writer = CompressedTensorsWriter()
     reason = writer.why_not(checkpoint)
     if reason is not None:
@@ -99,7 +99,7 @@ def verify(directory: str | Path, model: nn.Module | None = None, input_ids: Ten
         writer.write(checkpoint, Path(folder))
         other = ct_reader.read(folder)
         found = tuple(differences(checkpoint, _named_alike(other, checkpoint), ULPS))
-        result = _compare(Path(folder), checkpoint, model, input_ids, layout, found)
+        result = _compare(Path(folder), checkpoint, other, model, input_ids, layout, found)
         del other
     return result
 
@@ -127,8 +127,15 @@ def _named_alike(one: Checkpoint, other: Checkpoint) -> Checkpoint:
 
 
 def _compare(
-    directory: Path, checkpoint: Checkpoint, model: nn.Module | None, ids: Tensor | None, layout: str, conversion: tuple[str, ...]
+    directory: Path,
+    checkpoint: Checkpoint,
+    written: Checkpoint,
+    model: nn.Module | None,
+    ids: Tensor | None,
+    layout: str,
+    conversion: tuple[str, ...],
 ) -> VerifyResult:
+    """Compare the consumer of `directory`, whose content is `written`, with the model that `checkpoint` was made from."""
     wanted = load(directory, mode="fake") if model is None else model
     asymmetric = any(r.weight_format is not None and not r.weight_format.symmetric for r in checkpoint.records())
     if _fused_two_level(wanted, checkpoint):
@@ -144,7 +151,7 @@ def _compare(
     full = plain if asymmetric else (_logits(consumer, ids, inputs=True), _logits(reference, ids, inputs=True))
     largest = float(full[1].abs().max())
     weights, whole = float((plain[0] - plain[1]).abs().max()), float((full[0] - full[1]).abs().max())
-    tolerance = _tolerance(read(directory), model) * max(largest, 1e-6)
+    tolerance = _tolerance(written, model) * max(largest, 1e-6)
     close = whole <= _full_tolerance(tolerance, checkpoint) or not comparable
     ok = weights <= tolerance and close and not conversion
     reason = "logits agree" if ok else conversion[0] if conversion else "logits differ by more than rounding"

@@ -107,15 +107,23 @@ def _four_over_six(p: Plan, amax: Tensor, tensor_amax: Tensor) -> Tensor:
     return torch.cat([law.four_over_six(p.x[rows], p.fmt, amax[grid], tensor_amax) for rows, grid in p.slices()])
 
 
+def scaled_chunks(p: Plan, effective: Tensor, zero: Tensor | None) -> Iterator[tuple[slice, slice, Scales, Format]]:
+    """Yield of each chunk (rows of the tensor, rows of the grid, its scales, its format).
+
+    `effective` float32 and `zero` have one value per block, in any shape with the right count.
+    """
+    effective = effective.reshape(p.grid)
+    zero = None if zero is None else zero.reshape(p.grid)
+    for rows, grid in p.slices():
+        yield rows, grid, Scales(effective[grid], (), None if zero is None else zero[grid]), _fitted(p, rows)
+
+
 def chunked_fake_quantize(x: Tensor, fmt: Format, scales: Scales) -> Tensor:
     """Return `x` (not empty) rounded under `scales`, in its dtype and shape, contiguous."""
     p = plan(x, fmt)
     out = torch.empty(p.x.shape, dtype=x.dtype, device=x.device)
-    effective = scales.effective.reshape(p.grid)
-    zero = None if scales.zero is None else scales.zero.reshape(p.grid)
-    for rows, grid in p.slices():
-        part = Scales(effective[grid], (), None if zero is None else zero[grid])
-        out[rows] = law.apply_scales(p.x[rows].float(), part, _fitted(p, rows))
+    for rows, _, part, local in scaled_chunks(p, scales.effective, scales.zero):
+        out[rows] = law.apply_scales(p.x[rows].float(), part, local)
     return out.reshape(x.shape)
 
 
@@ -130,11 +138,8 @@ def chunked_codes(x: Tensor, fmt: Format, scales: Scales) -> Tensor:
     """Return the raw codes (uint8, one per element) of `x` (not empty) under `scales`, in the canonical shape."""
     p = plan(x, fmt)
     out = torch.empty(p.x.shape, dtype=torch.uint8, device=x.device)
-    effective = scales.effective.reshape(p.grid)
-    zero = None if scales.zero is None else scales.zero.reshape(p.grid)
-    for rows, grid in p.slices():
-        part = Scales(effective[grid], (), None if zero is None else zero[grid])
-        blocks = law.quantize_blocks(p.x[rows].float(), part, _fitted(p, rows))[0]
+    for rows, _, part, local in scaled_chunks(p, scales.effective, scales.zero):
+        blocks = law.quantize_blocks(p.x[rows].float(), part, local)[0]
         out[rows] = fmt.element.encode(from_blocks(blocks, p.x[rows].shape))
     return out
 
@@ -164,9 +169,7 @@ def chunked_values(q: Quantized) -> Tensor:
     """Return the values that `q` (not empty) stands for, in its dtype and shape, contiguous."""
     p = plan(unpacked(q.codes, q.format.element.bits, q.shape), q.format)
     out = torch.empty(p.x.shape, dtype=q.dtype, device=q.codes.device)
-    effective = law.effective_scale(q.scales, q.format).reshape(p.grid)
-    zero = None if q.zero is None else q.zero.float().reshape(p.grid)
-    for rows, grid in p.slices():
-        part = Scales(effective[grid], (), None if zero is None else zero[grid])
-        out[rows] = law.decode(p.x[rows], part, _fitted(p, rows))
+    zero = None if q.zero is None else q.zero.float()
+    for rows, _, part, local in scaled_chunks(p, law.effective_scale(q.scales, q.format), zero):
+        out[rows] = law.decode(p.x[rows], part, local)
     return out.reshape(q.shape)

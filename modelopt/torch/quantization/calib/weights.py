@@ -21,12 +21,12 @@ import torch
 from torch import Tensor
 
 from modelopt.core.errors import CalibrationError, ConfigError
-from modelopt.numerics import Block, Element, Format, Scales, parse
+from modelopt.numerics import Element, Format, Scales, parse
 from modelopt.numerics.blocks import to_blocks
 from modelopt.numerics.reference import apply_scales, cast_scale, compute_scales
 from modelopt.torch import kernels
 from modelopt.torch.calibration import AbsMax
-from modelopt.torch.kernels.chunks import block_range, plan
+from modelopt.torch.kernels.chunks import block_range, plan, scaled_chunks
 from modelopt.torch.quantization.calib.observers import Ranges, _Base
 
 MULTIPLIERS_46 = (1.0, 1.5)
@@ -132,15 +132,10 @@ def _mse_by_rows(
 def block_errors(weight: Tensor, fmt: Format, scales: Scales) -> Tensor:
     """Return sum (W - Q(W))^2 of each scale group, float32, in the grid's shape, reading `weight` chunk by chunk."""
     p = plan(weight, fmt)
-    effective = scales.effective.reshape(p.grid)
-    zero = None if scales.zero is None else scales.zero.reshape(p.grid)
     out = torch.zeros(p.grid, dtype=torch.float32, device=weight.device)
-    for rows, grid in p.slices():
+    for rows, grid, part, local in scaled_chunks(p, scales.effective, scales.zero):
         x = p.x[rows].float()
-        sizes = p.fmt.block.sizes(x.shape) if p.split else (x.shape[0], *p.fmt.block.sizes(p.x.shape)[1:])
-        local = p.fmt if p.split else p.fmt.with_(block=Block(tuple(sizes)))
-        part = Scales(effective[grid], (), None if zero is None else zero[grid])
-        squared = to_blocks(apply_scales(x, part, local).sub_(x).square_(), sizes)
+        squared = to_blocks(apply_scales(x, part, local).sub_(x).square_(), local.block.sizes(x.shape))
         out[grid] += squared.sum(dim=list(range(1, squared.dim(), 2))).reshape(out[grid].shape)
     return out.reshape(fmt.grid(weight.shape))
 
