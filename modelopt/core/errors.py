@@ -37,6 +37,10 @@ class CalibrationError(ModelOptError, RuntimeError):
     """Calibration that did not happen, did not reach a quantizer, or saw values that are not finite."""
 
 
+class TraceError(ModelOptError, RuntimeError):
+    """A model that cannot be run, traced or analyzed as asked, or a tracing rule that does not fit its module."""
+
+
 class ModeError(ModelOptError, RuntimeError):
     """A step that cannot follow the steps already applied to a model."""
 

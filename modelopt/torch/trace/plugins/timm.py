@@ -1,0 +1,24 @@
+"""timm: the size of the image stands in `patch_embed.img_size` or in the pretrained config."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from modelopt.torch.trace.inputs import Inputs, random_input
+
+
+def candidate_inputs(model: nn.Module) -> Iterator[Inputs]:
+    """Yield one image: of the size that the model was built for, else of its pretrained configuration, else small."""
+    config: Any = getattr(model, "pretrained_cfg", None) or getattr(model, "default_cfg", None) or {}
+    channels, *sides = config.get("input_size") or (3, 224, 224)
+    channels = getattr(model, "in_chans", None) or channels
+    built: Any = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    sizes = [tuple(built)] if isinstance(built, tuple | list) else []
+    sizes += [tuple(sides)]
+    if not config.get("fixed_input_size"):
+        sizes += [(64, 64), (128, 128), (256, 256)]
+    for size in dict.fromkeys(sizes):
+        yield (random_input(model, 1, channels, *size),), {}
