@@ -1,0 +1,265 @@
+"""What axis inference found: families of slices that go together, where they sit, and which slices survive a removal."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from modelopt.core.errors import UnknownNameError, did_you_mean
+from modelopt.torch.trace.axes.labels import Axis, Ids, LabelStore, Reason
+from modelopt.torch.trace.axes.record import ModuleCall, OpCall, Recorder, natural
+
+UNUSED = "nothing else depends on it: it was not computed with, or only looked up"
+
+
+class Slot:
+    """One dimension of one parameter in which a family lives. `positions[i]` are the indices that go with atom i."""
+
+    __slots__ = ("_axes", "_axis", "_family", "dim", "parameter")
+
+    def __init__(self, parameter: str, dim: int, axis: Axis, axes: Axes, family: Family | None = None) -> None:
+        self.parameter, self.dim, self._axis, self._axes, self._family = parameter, dim, axis, axes, family
+
+    @property
+    def positions(self) -> tuple[Ids, ...]:
+        """The indices of this dimension that each atom of the family carries."""
+        assert self._family is not None
+        return self._axes.positions(self._axis, self._family)
+
+    @property
+    def multiple(self) -> int:
+        """How many indices of this dimension one atom carries (the most, where atoms differ)."""
+        return max((len(p) for p in self.positions), default=0)
+
+    def __repr__(self) -> str:
+        return f"Slot({self.parameter!r}, {self.dim})"
+
+
+@dataclass(frozen=True, eq=False)
+class Family:
+    """Slices of many parameters that are alike: any of them may be removed, each with all of its slots."""
+
+    name: str
+    kind: str
+    atoms: tuple[int, ...]
+    slots: tuple[Slot, ...]
+    tied: tuple[str, ...] = ()
+    soft: str | None = None
+
+    @property
+    def size(self) -> int:
+        """Number of atoms."""
+        return len(self.atoms)
+
+    @cached_property
+    def multiple(self) -> int:
+        """How many indices of its widest dimension one atom carries."""
+        return max((s.multiple for s in self.slots), default=1)
+
+    def __repr__(self) -> str:
+        return f"Family({self.name!r}, {self.kind}, size={self.size}, slots={len(self.slots)})"
+
+
+@dataclass(frozen=True)
+class Frozen:
+    """A dimension of a parameter that is kept, and why; `soft` names the policy that would lift it."""
+
+    parameter: str
+    dim: int
+    reason: str
+    op: str
+    where: str
+    module: str = ""
+    soft: str | None = None
+
+
+@dataclass(eq=False)
+class Axes:
+    """The result of `infer_axes`."""
+
+    store: LabelStore
+    parameters: dict[str, tuple[Axis | None, ...]]
+    groups: dict[str, tuple[int, Axis | None]]
+    unknown_ops: dict[str, int]
+    calls: tuple[ModuleCall, ...]
+    ops: tuple[OpCall, ...] = ()
+    aliases: dict[str, str] = field(default_factory=dict)
+    shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    original: dict[str, tuple[Axis | None, ...]] = field(default_factory=dict, repr=False)
+    output: Any = field(default=None, repr=False)
+
+    @cached_property
+    def families(self) -> tuple[Family, ...]:
+        """Every prunable family, in natural order of its first slot."""
+        return tuple(_families(self))
+
+    def family(self, name: str) -> Family:
+        """The family of this name. Raises UnknownNameError, with the nearest name."""
+        for family in self.families:
+            if family.name == name:
+                return family
+        names = [f.name for f in self.families]
+        raise UnknownNameError(f'There is no family "{name}".{did_you_mean(name, names)} There are {len(names)}.')
+
+    @cached_property
+    def frozen(self) -> tuple[Frozen, ...]:
+        """Every dimension of a parameter (of size > 1) that is kept throughout, with the reason."""
+        out = []
+        for name, axes in self.original.items():
+            for dim, axis in enumerate(axes):
+                if axis is not None and self.parameters[name][dim] is None:
+                    reason = self.store.explain(axis.start)
+                    out.append(Frozen(name, dim, reason.text, reason.op, reason.where, reason.module, reason.soft))
+        return tuple(out)
+
+    def atoms(self, label: int) -> tuple[int, ...]:
+        """The atoms of a label."""
+        return tuple(self.store.atoms(self.store.resolve_ids(np.array([label], dtype=np.int64))).tolist())
+
+    def resolve(self, axis: Axis | None) -> Axis | None:
+        """An axis that was read during the trace, as it is now."""
+        return self.store.resolve(axis)
+
+    def kept(self, drop: Iterable[int]) -> dict[str, tuple[Ids | None, ...]]:
+        """The indices of each dimension of each parameter that survive the removal of these atoms; None means all."""
+        survivors = Survivors(self.store, drop)
+        return {name: tuple([survivors.of(a) for a in axes]) for name, axes in self.parameters.items()}
+
+    def positions(self, axis: Axis, family: Family) -> tuple[Ids, ...]:
+        """For each atom of a family, its positions in an axis."""
+        key = (axis, family.atoms)
+        cache = self.__dict__.setdefault("_positions", {})
+        if key not in cache:
+            rows = self.store.rows(axis.ids)
+            atoms = np.array(family.atoms, dtype=np.int64)
+            where, column = np.nonzero(np.isin(rows, atoms))
+            order = np.lexsort((where, rows[where, column]))
+            which = np.searchsorted(atoms, rows[where, column][order])
+            bounds = np.searchsorted(which, np.arange(len(atoms) + 1))
+            where = where[order]
+            cache[key] = tuple(where[a:b] for a, b in zip(bounds[:-1], bounds[1:], strict=True))
+        return cache[key]
+
+
+class Survivors:
+    """Which labels survive the removal of some atoms; answers are kept per axis."""
+
+    def __init__(self, store: LabelStore, drop: Iterable[int]) -> None:
+        self.store = store
+        self.dead: NDArray[np.bool_] = np.zeros(store.count, dtype=bool)
+        gone = np.fromiter(drop, dtype=np.int64)
+        self.dead[gone] = True
+        self.any = bool(gone.size)
+        self._known: dict[Axis, Ids] = {}
+
+    def of(self, axis: Axis | None) -> Ids | None:
+        """The surviving positions of an axis, or None where the axis is never pruned."""
+        axis = self.store.resolve(axis)
+        if axis is None:
+            return None
+        if axis not in self._known:
+            alive = ~self.dead[axis.ids] if not axis.composite else ~self.dead[self.store.rows(axis.ids)].any(axis=1)
+            self._known[axis] = np.flatnonzero(alive)
+        return self._known[axis]
+
+    def count(self, axis: Axis | None, size: int) -> int:
+        """How many of `size` slices survive."""
+        kept = self.of(axis)
+        return size if kept is None else len(kept)
+
+
+def make_axes(recorder: Recorder, output: Any = None) -> Axes:
+    """The result of a finished recording; outputs must have been frozen."""
+    store = recorder.store
+    original = {n: recorder.axes(t) for n, t in recorder.parameters.items()}
+    _freeze_unused(store, original)
+    resolved = {n: tuple([store.resolve(a) for a in axes]) for n, axes in original.items()}
+    return Axes(
+        store=store,
+        parameters=resolved,
+        groups={n: (g, store.resolve(a)) for n, (g, a) in sorted(recorder.groups.items(), key=lambda p: natural(p[0]))},
+        unknown_ops=dict(sorted(recorder.unknown.items())),
+        calls=tuple(recorder.calls),
+        ops=tuple(recorder.ops or ()),
+        shapes={n: tuple(t.shape) for n, t in recorder.parameters.items()},
+        original=original,
+        output=output,
+    )
+
+
+def _freeze_unused(store: LabelStore, original: Mapping[str, tuple[Axis | None, ...]]) -> None:
+    """An atom that stands in one dimension of one parameter only was never computed with: it is kept."""
+    slots = np.zeros(store.count, dtype=np.int64)
+    cache: dict[Axis, Ids] = {}
+    for axes in original.values():
+        for axis in axes:
+            axis = store.resolve(axis)
+            if axis is None:
+                continue
+            if axis not in cache:
+                cache[axis] = store.atoms(axis.ids)
+            slots[cache[axis]] += 1
+    alone = np.flatnonzero(slots == 1)
+    if alone.size:
+        store.site = lambda: ("", "", "")
+        store.freeze_ids(alone, UNUSED)
+
+
+def _families(axes: Axes) -> list[Family]:
+    store = axes.store
+    members: dict[int, Ids] = {}
+    slots: dict[int, list[Slot]] = defaultdict(list)
+    per_axis: dict[Axis, list[int]] = {}
+    seen = np.zeros(store.count, dtype=bool)
+    for name, dims in axes.parameters.items():
+        for dim, axis in enumerate(dims):
+            if axis is None:
+                continue
+            if axis not in per_axis:
+                atoms = store.atoms(axis.ids)
+                seen[atoms] = True
+                per_axis[axis] = np.unique(store.families_of(atoms)).tolist()
+            for family in per_axis[axis]:
+                slots[family].append(Slot(name, dim, axis, axes))
+    atoms = np.flatnonzero(seen)
+    owner = store.families_of(atoms) if atoms.size else atoms
+    for family in np.unique(owner).tolist():
+        members[family] = atoms[owner == family]
+    out = []
+    taken: set[str] = set()
+    for family in sorted(members, key=lambda f: (natural(slots[f][0].parameter), slots[f][0].dim, int(members[f][0]))):
+        name = _name(axes, slots[family][0], members[family], taken)
+        made = Family(name, _kind(axes, slots[family]), tuple(members[family].tolist()), tuple(slots[family]))
+        for slot in made.slots:
+            slot._family = made
+        out.append(made)
+    return out
+
+
+def _name(axes: Axes, slot: Slot, atoms: Ids, taken: set[str]) -> str:
+    """The first slot: parameter and dimension, with the range where it is a part."""
+    rows = axes.store.rows(slot._axis.ids)
+    where = np.flatnonzero(np.isin(rows, atoms).any(axis=1))
+    name = f"{slot.parameter}.{slot.dim}"
+    if len(where) != len(slot._axis):
+        name += f"[{int(where[0])}:{int(where[-1]) + 1}]"
+    base, k = name, 2
+    while name in taken:
+        name, k = f"{base}#{k}", k + 1
+    taken.add(name)
+    return name
+
+
+def _kind(axes: Axes, slots: list[Slot]) -> str:
+    return "channels"
+
+
+def reason_of(axes: Axes, axis: Axis) -> Reason:
+    """Why an axis that was read during the trace is kept."""
+    return axes.store.explain(axis.start)

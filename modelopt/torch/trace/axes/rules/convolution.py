@@ -1,0 +1,60 @@
+"""Convolutions: channels contract, groups split both channel dimensions into (group, member)."""
+
+from __future__ import annotations
+
+from modelopt.torch.trace.axes.labels import Axis
+from modelopt.torch.trace.axes.rules.registry import Axes, Call, register_rule
+
+SPACE = "a convolution runs over this dimension"
+
+
+@register_rule("aten::convolution", "aten::_convolution", "aten::convolution_overrideable")
+def convolution(call: Call) -> Axes:
+    transposed, groups = call.arg(6, "transposed"), call.arg(8, "groups")
+    return _convolve(call, bool(transposed), int(groups))
+
+
+@register_rule("aten::mkldnn_convolution")
+def mkldnn_convolution(call: Call) -> Axes:
+    return _convolve(call, False, int(call.args[6]))
+
+
+def _convolve(call: Call, transposed: bool, groups: int) -> Axes:
+    source, weight, bias = call.args[0], call.args[1], call.arg(2, "bias")
+    x, w = call.axes(source), call.axes(weight)
+    call.freeze_all([*x[2:], *w[2:]], SPACE)
+    if groups == 1:
+        call.unify(x[1], w[0] if transposed else w[1])
+        out = w[1] if transposed else w[0]
+    else:
+        out = _grouped(call, transposed, groups)
+    if bias is not None:
+        call.unify(out, call.axes(bias)[0])
+    return [x[0], out] + [None] * (call.out.dim() - 2)
+
+
+def _grouped(call: Call, transposed: bool, groups: int) -> Axis | None:
+    """Channels are (group, member) on both sides with one group dimension; a weight is [O, I/g] or, transposed, [I, O/g]."""
+    source, weight = call.args[0], call.args[1]
+    x, w = call.axes(source), call.axes(weight)
+    outputs = call.out.shape[1]
+    group, member = call.factor(x[1], (groups, source.shape[1] // groups))
+    if transposed:
+        weight_group, weight_member = call.factor(w[0], (groups, source.shape[1] // groups))
+        call.unify(group, weight_group)
+        call.unify(member, weight_member)
+        out = call.product((group, groups), (w[1], outputs // groups))
+    else:
+        call.unify(member, w[1])
+        out_group, _ = call.factor(w[0], (groups, outputs // groups))
+        call.unify(group, out_group)
+        out = w[0]
+    name = call.recorder.parameter_names.get(id(weight))
+    if name is not None:
+        call.recorder.groups[name] = (groups, group)
+    return out
+
+
+@register_rule("aten::_conv_depthwise2d", "aten::conv_depthwise3d", "aten::slow_conv3d", "aten::_slow_conv2d_forward")
+def conv_depthwise(call: Call) -> Axes:
+    return _convolve(call, False, call.args[0].shape[1] // call.args[1].shape[1])
