@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from modelopt.numerics import Format, Quantized, parse
+from modelopt.torch.kernels import scaled_mm
 from modelopt.torch.kernels.choice import fast_module, forced
 from modelopt.torch.kernels.library import autograd, define, notation
 from modelopt.torch.kernels.matmul import reference
@@ -55,10 +56,12 @@ def explain_linear(x: Tensor, weight: Sequence[Tensor], weight_format: Format | 
         return "reference: MODELOPT_KERNELS=reference"
     if not x.is_cuda:
         return f"reference: the tensor is on {x.device}"
+    fmt = parse(notation(weight_format))
+    if scaled_mm.why_not(x, weight, fmt, n, input_format) is None:
+        return "scaled_mm"
     kernel = fast_module("matmul")
     if kernel is None:
         return "reference: Triton is not installed"
-    fmt = parse(notation(weight_format))
     reason = kernel.why_not(x, list(weight), fmt, n)
     return f"reference: {reason}" if reason else kernel.route(x, fmt, n, input_format)
 
@@ -73,6 +76,8 @@ def _run(
     input_amax: Tensor | None,
 ) -> Tensor:
     fmt = parse(weight_format)
+    if x.is_cuda and not forced() and scaled_mm.why_not(x, weight, fmt, n, input_format) is None:
+        return scaled_mm.block_scaled_linear(x, weight, fmt, n, bias, input_format, input_amax)
     kernel = fast_module("matmul") if x.is_cuda and not forced() else None
     if kernel is not None and kernel.why_not(x, weight, fmt, n) is None:
         return kernel.quantized_linear(x, weight, fmt, n, bias, input_format, input_amax)
