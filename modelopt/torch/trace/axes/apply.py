@@ -1,0 +1,203 @@
+"""Cuts a model to what survives and gives its modules and configs the sizes that its code then needs.
+
+Everything is computed and checked before the first write, so a refusal leaves the model untouched. Parameters keep their identity
+(`.data` is replaced): optimizers, ties and hooks stay valid; gradients are cleared. `describe` is what happened as JSON,
+`reapply` repeats it on a freshly built model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from modelopt.core.errors import TraceError
+from modelopt.torch.trace.axes.expr import Attr
+from modelopt.torch.trace.axes.provenance import resolve_owner
+from modelopt.torch.trace.axes.solve import solve
+
+_SHOWN = 4
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What was changed: old and new value of each attribute, old and new shape of each parameter and buffer.
+
+    `leaves` are the attributes as leaves; `config` says whether the model's config describes the result, and if not, why.
+    """
+
+    attributes: dict[str, tuple[int, int]]
+    shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
+    leaves: dict[Attr, int] = field(default_factory=dict, repr=False)
+    config: str = ""
+
+    def __str__(self) -> str:
+        rows = [f"{k}: {a} -> {b}" for k, (a, b) in [*self.attributes.items(), *self.shapes.items()]]
+        return "\n".join([*rows, self.config] if self.config else rows)
+
+
+def apply(axes: Any, model: nn.Module, drop: Iterable[int]) -> Changes:
+    """Remove the atoms in `drop` from `model`, which must have the names and shapes of the model that was traced.
+
+    Raises TraceError, before anything is changed, where the model's code cannot follow (the message names the line).
+    """
+    drop = frozenset(drop)
+    tensors = tensors_of(model, axes.shapes)
+    repair = solve(axes, drop)
+    if repair.unsatisfied:
+        shown = "; ".join(str(e) for e in repair.unsatisfied[:_SHOWN])
+        raise TraceError(
+            f"The model cannot be cut like this: {len(repair.unsatisfied)} sizes in its code would be wrong: {shown}. The model "
+            "was not changed. Pass what is to be dropped through `relax` first, which keeps what these lines need."
+        )
+    values = dict(repair.values)
+    places = {a: _read(model, a) for a in values}
+    for attr, now in places.items():
+        if now != axes.provenance.values[attr]:
+            raise TraceError(
+                f"{attr} is {now!r}, but was {axes.provenance.values[attr]} when the model was traced. Trace it again."
+            )
+    kept = axes.kept(drop)
+    cuts = {name: dims for name, dims in kept.items() if _changes(dims, axes.shapes[name])}
+    shapes = {name: (axes.shapes[name], _new_shape(dims, axes.shapes[name])) for name, dims in cuts.items()}
+    for name, dims in cuts.items():
+        _cut(tensors[name], dims)
+    for attr, value in values.items():
+        write(model, attr, value)
+    _settle(model)
+    return Changes({str(a): (places[a], v) for a, v in values.items()}, shapes, values)
+
+
+def tensors_of(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    """Return the parameters and buffers under the names of `shapes`, each checked to be a plain tensor of that shape.
+
+    Raises TraceError for a model that is not the traced one, is sharded (DTensor, FSDP), quantized, or not initialized.
+    """
+    found = dict(model.named_buffers(remove_duplicate=False))
+    found.update(model.named_parameters(remove_duplicate=False))
+    for name, shape in shapes.items():
+        tensor = found.get(name)
+        if tensor is None:
+            raise TraceError(f'The model has no parameter "{name}", which the traced one has. Trace this model.')
+        if torch.nn.parameter.is_lazy(tensor) or type(tensor.data) is not torch.Tensor:
+            raise TraceError(
+                f'"{name}" is a {type(tensor.data).__name__}, whose entries cannot be cut. Prune before sharding (FSDP, DTensor) '
+                "or quantizing, and after the first forward pass of lazy modules."
+            )
+        if tuple(tensor.shape) != tuple(shape):
+            raise TraceError(f'"{name}" has shape {tuple(tensor.shape)}, but {tuple(shape)} was traced. Trace the model again.')
+    return {name: found[name] for name in shapes}
+
+
+def _changes(dims: tuple[Any, ...], shape: tuple[int, ...]) -> bool:
+    return any(d is not None and len(d) != n for d, n in zip(dims, shape, strict=True))
+
+
+def _new_shape(dims: tuple[Any, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(n if d is None else len(d) for d, n in zip(dims, shape, strict=True))
+
+
+@torch.no_grad()
+def _cut(tensor: torch.Tensor, dims: tuple[Any, ...]) -> None:
+    data = tensor.data
+    channels_last = data.dim() == 4 and not data.is_contiguous() and data.is_contiguous(memory_format=torch.channels_last)
+    for k, kept in enumerate(dims):
+        if kept is not None and len(kept) != data.shape[k]:
+            data = data.index_select(k, torch.as_tensor(kept, device=data.device))
+    tensor.grad = None
+    tensor.data = data.contiguous(memory_format=torch.channels_last) if channels_last else data.contiguous()
+
+
+def _settle(model: nn.Module) -> None:
+    """What layers derive from their weights: the packed weights of recurrent layers on a GPU."""
+    for module in model.modules():
+        if isinstance(module, nn.RNNBase):
+            module.flatten_parameters()
+
+
+# ---- reading and writing an attribute by its leaf
+def _path(attr: Attr) -> tuple[Any, ...]:
+    return attr.index if isinstance(attr.index, tuple) else () if attr.index is None else (attr.index,)
+
+
+def _holder(model: nn.Module, attr: Attr) -> tuple[Any, Any]:
+    """(container, key) of the attribute's top value: the __dict__ of its owner, or the owner itself if it is a dict."""
+    try:
+        owner = resolve_owner(model, attr.owner)
+        if attr.name:
+            owner.__dict__[attr.name]
+            return owner.__dict__, attr.name
+        dict.__getitem__(owner, _path(attr)[0])
+        return owner, None
+    except (AttributeError, KeyError, TypeError) as error:
+        raise TraceError(f"The model has no attribute {attr}, which is to be set. Is it the model that was pruned?") from error
+
+
+def _read(model: nn.Module, attr: Attr) -> Any:
+    container, key = _holder(model, attr)
+    value = container if key is None else container[key]
+    for step in _path(attr):
+        value = value[step]
+    return value
+
+
+def write(model: nn.Module, attr: Attr, value: int) -> None:
+    """Set an int attribute; lists and dicts are changed in place, tuples replaced."""
+    container, key = _holder(model, attr)
+    if key is None:
+        _replaced(container, _path(attr), value)
+    else:
+        dict.__setitem__(container, key, _replaced(container[key], _path(attr), value))
+
+
+def _replaced(value: Any, path: tuple[Any, ...], new: int) -> Any:
+    if not path:
+        return new
+    inner = _replaced(value[path[0]], path[1:], new)
+    if isinstance(value, dict):
+        dict.__setitem__(value, path[0], inner)
+    elif isinstance(value, list):
+        value[path[0]] = inner
+    else:
+        items = list(value)
+        items[path[0]] = inner
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return value
+
+
+# ---- the description that travels with a checkpoint
+def describe(changes: Changes) -> dict[str, Any]:
+    """Return the changes as plain JSON: `{"attributes": [[owner, name, path, new], ...], "shapes": {name: [...]}}`."""
+    attributes = [[a.owner, a.name, list(_path(a)), v] for a, v in changes.leaves.items()]
+    return {"attributes": attributes, "shapes": {name: list(new) for name, (_, new) in changes.shapes.items()}}
+
+
+def reapply(model: nn.Module, description: Mapping[str, Any]) -> nn.Module:
+    """Give a freshly built dense model the shapes and attributes of `describe`; values are the leading entries of the old ones.
+
+    Raises TraceError, before anything is changed, where the description does not fit the model.
+    """
+    try:
+        rows = [(Attr(str(o), str(n), tuple(p)), int(v)) for o, n, p, v in description["attributes"]]
+        shapes = {str(name): tuple(int(s) for s in shape) for name, shape in description["shapes"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise TraceError('The description of a pruned structure must be {"attributes": [...], "shapes": {...}}.') from error
+    found = dict(model.named_buffers(remove_duplicate=False))
+    found.update(model.named_parameters(remove_duplicate=False))
+    for attr, value in rows:
+        if type(_read(model, attr)) is not int or value < 0:
+            raise TraceError(f"{attr} cannot become {value}: it is {_read(model, attr)!r}.")
+    for name, shape in shapes.items():
+        old = tuple(found[name].shape) if name in found else None
+        if old is None or len(old) != len(shape) or any(n > m or n < 1 for n, m in zip(shape, old, strict=False)):
+            raise TraceError(f'"{name}" of shape {old} cannot become {shape}. The model is not the one that was pruned.')
+    for name, shape in shapes.items():
+        found[name].grad = None
+        found[name].data = found[name].data[tuple(slice(n) for n in shape)].clone()
+    for attr, value in rows:
+        write(model, attr, value)
+    _settle(model)
+    return model

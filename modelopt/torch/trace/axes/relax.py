@@ -1,0 +1,193 @@
+"""Gives back atoms until a model's own integer arithmetic holds again, and says which families are bound to one another.
+
+`C // num_heads == head_dim` (Swin) cannot hold for every C: the smallest part of the smallest family that makes it hold returns.
+Deterministic: equations in the order of the code, families in their order, atoms by priority and then by number.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from modelopt.torch.trace.axes.expr import Attr, Equation, Size, Where
+from modelopt.torch.trace.axes.solve import System, Values, solve, solve_equations, system_of
+
+_ROUNDS = 400
+_TRIALS = 300
+
+
+def relax(axes: Any, drop: Iterable[int], priority: Mapping[int, float] | None = None) -> tuple[frozenset[int], tuple[str, ...]]:
+    """Return (a subset of `drop` with which every equation has a solution, why the rest stays: families, line of code).
+
+    Atoms of high `priority` are given back first.
+    """
+    system = system_of(axes)
+    left = frozenset(drop)
+    reasons: list[str] = []
+    for _ in range(_ROUNDS):
+        repair = solve(axes, left)
+        if not repair.unsatisfied:
+            break
+        equation = repair.unsatisfied[0]
+        back = _give_back(system, equation, left, priority or {}) or left
+        reasons.append(_reason(axes, equation, back))
+        left -= back
+    return left, tuple(reasons)
+
+
+def _reason(axes: Any, equation: Equation, back: frozenset[int]) -> str:
+    names = [f"{name} (+{count})" for name, count in _by_family(axes, back).items()]
+    return f"kept {', '.join(names)}: {equation}"
+
+
+def family_names(axes: Any) -> dict[int, str]:
+    """Atom -> name of its family; built once."""
+    names = axes.__dict__.get("_family_names")
+    if names is None:
+        names = axes.__dict__["_family_names"] = {a: f.name for f in axes.families for a in f.atoms}
+    return names
+
+
+def _by_family(axes: Any, atoms: Iterable[int]) -> dict[str, int]:
+    names = family_names(axes)
+    out: dict[str, int] = {}
+    for atom in sorted(atoms):
+        name = names.get(atom, f"atom {atom}")
+        out[name] = out.get(name, 0) + 1
+    return out
+
+
+def _atoms(system: System, sizes: Iterable[Size]) -> set[int]:
+    out: set[int] = set()
+    for size in sizes:
+        out.update(system.atoms(size))
+    return out
+
+
+def _near(system: System, equation: Equation) -> list[Equation]:
+    """The equation and all that share an attribute with it."""
+    out = {equation: None}
+    for leaf in equation.leaves():
+        if isinstance(leaf, Attr):
+            out.update(dict.fromkeys(system.of_attr.get(leaf, [])))
+    return list(out)
+
+
+def _give_back(system: System, equation: Equation, drop: frozenset[int], priority: Mapping[int, float]) -> frozenset[int]:
+    near = _near(system, equation)
+    groups = _dropped_families(system, [equation], drop) or _dropped_families(system, near, drop)
+    if not groups:
+        return frozenset()
+    ordered = [sorted(g, key=lambda a: (-priority.get(a, 0.0), a)) for g in groups]
+    found = _smallest(system, equation, near, ordered, drop)
+    if found is not None:
+        return found
+    wider = _dropped_families(system, near, drop)
+    if len(wider) > len(groups):
+        ordered_wider = [sorted(g, key=lambda a: (-priority.get(a, 0.0), a)) for g in wider]
+        found = _smallest(system, equation, near, ordered_wider, drop)
+    return found if found is not None else frozenset(ordered[0])
+
+
+def _dropped_families(system: System, equations: Iterable[Equation], drop: frozenset[int]) -> list[list[int]]:
+    """The dropped atoms that the equations can see, by family, those with fewest first."""
+    names = family_names(system.axes)
+    groups: dict[str, list[int]] = {}
+    sizes = dict.fromkeys(s for e in equations for s in e.leaves() if isinstance(s, Size))
+    for atom in sorted(_atoms(system, sizes) & drop):
+        groups.setdefault(names.get(atom, str(atom)), []).append(atom)
+    return sorted(groups.values(), key=lambda g: (len(g), g))
+
+
+def _smallest(
+    system: System, equation: Equation, near: list[Equation], groups: list[list[int]], drop: frozenset[int]
+) -> frozenset[int] | None:  # fmt: skip
+    """The least share of at most two families with which the equation holds and less is broken near it; None if none does."""
+    sizes = dict.fromkeys(s for e in near for s in e.leaves() if isinstance(s, Size))
+    attrs = {a: system.originals[a] for e in near for a in e.leaves() if isinstance(a, Attr)}
+    before = _broken(near, system.counts(drop, sizes), attrs)
+    for back in itertools.islice(_offers(groups), _TRIALS):
+        broken = _broken(near, system.counts(drop - back, sizes), attrs)
+        if equation not in broken and len(broken) < len(before):
+            return back
+    return None
+
+
+def _broken(near: list[Equation], sizes: Values, attrs: dict[Attr, int]) -> list[Equation]:
+    values, _ = solve_equations(near, sizes, attrs)
+    return [e for e in near if not e.holds(values)]
+
+
+def _offers(groups: list[list[int]]) -> Iterable[frozenset[int]]:
+    """Sets of atoms to give back, the smallest share of their families first."""
+    single = sorted((n / len(g), k, n) for k, g in enumerate(groups[:4]) for n in _steps(len(g)))
+    half = len(single) and _TRIALS // 2
+    for _, k, n in single[:half]:
+        yield frozenset(groups[k][:n])
+    if len(groups) > 1:
+        few = groups[:3]
+        pairs = [
+            (n / len(few[i]) + m / len(few[j]), i, n, j, m)
+            for i, j in itertools.combinations(range(len(few)), 2)
+            for n in _steps(len(few[i]), 16)
+            for m in _steps(len(few[j]), 16)
+        ]
+        for _, i, n, j, m in sorted(pairs):
+            yield frozenset(few[i][:n]) | frozenset(few[j][:m])
+
+
+def _steps(n: int, most: int = 96) -> list[int]:
+    """Up to `most` numbers from 1 to n, evenly spread, n among them."""
+    step = -(-n // most)
+    return sorted({*range(step, n + 1, step), n})
+
+
+@dataclass(frozen=True)
+class Tie:
+    """Families that one line of code needs in step: `count(families[i]) / ratios[i]` must be the same for all i."""
+
+    families: tuple[str, ...]
+    ratios: tuple[int, ...]
+    where: Where
+
+
+def tied(axes: Any) -> tuple[Tie, ...]:
+    """Return the families whose counts one equation or one shared attribute binds to each other, by pairs.
+
+    >>> [t.families for t in tied(axes)]  # doctest: +SKIP
+    [('layers.0.q.weight.0', 'layers.1.q.weight.0')]
+    """
+    system = system_of(axes)
+    ties: dict[tuple[str, str], Tie] = {}
+    holders: dict[Attr, tuple[Size, Equation]] = {}
+    for equation in system.equations:
+        if equation.relation != "==":
+            continue
+        sides = (equation.left, equation.right)
+        for one, other in (sides, sides[::-1]):
+            if isinstance(one, Attr) and isinstance(other, Size):
+                first = holders.setdefault(one, (other, equation))
+                _tie(axes, first[0], other, equation, ties)
+                break
+        else:
+            if all(isinstance(s, Size) for s in sides):
+                _tie(axes, sides[0], sides[1], equation, ties)
+    return tuple(ties.values())
+
+
+def _tie(axes: Any, a: Size, b: Size, equation: Equation, ties: dict[tuple[str, str], Tie]) -> None:
+    one, two = _family_of(axes, a), _family_of(axes, b)
+    if one is not None and two is not None and one[0] != two[0]:
+        pair = (one[0], two[0])
+        ties.setdefault(pair, Tie(pair, (one[1], two[1]), equation.where))
+
+
+def _family_of(axes: Any, size: Size) -> tuple[str, int] | None:
+    """(name, atoms) of the one family that decides a size, position by position; None where several do."""
+    if type(size) is not Size or size.start or size.stop != len(size.axis):
+        return None
+    atoms = system_of(axes).atoms(size)
+    owners = _by_family(axes, atoms)
+    return (next(iter(owners)), len(atoms)) if len(owners) == 1 else None
