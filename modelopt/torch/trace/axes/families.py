@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from modelopt.core.errors import UnknownNameError, did_you_mean
-from modelopt.torch.trace.axes.labels import Axis, Ids, LabelStore, Reason
-from modelopt.torch.trace.axes.record import ModuleCall, OpCall, Recorder, natural
+from modelopt.torch.trace.axes.labels import Axis, Ids, LabelStore
+from modelopt.torch.trace.axes.record import ModuleCall, OpCall, Recorder, TensorRef, natural
 
 UNUSED = "nothing else depends on it: it was not computed with, or only looked up"
 
@@ -88,11 +88,22 @@ class Axes:
     groups: dict[str, tuple[int, Axis | None]]
     unknown_ops: dict[str, int]
     calls: tuple[ModuleCall, ...]
-    ops: tuple[OpCall, ...] = ()
-    aliases: dict[str, str] = field(default_factory=dict)
+    ops: tuple[OpCall, ...] | None = None
     shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
     original: dict[str, tuple[Axis | None, ...]] = field(default_factory=dict, repr=False)
+    aliases: dict[str, str] = field(default_factory=dict, repr=False)
     output: Any = field(default=None, repr=False)
+    provenance: Any = field(default=None, repr=False)
+
+    @property
+    def num_atoms(self) -> int:
+        """One more than the greatest atom: the length of an array that is indexed by atoms."""
+        return self.store.count
+
+    @property
+    def equations(self) -> tuple[Any, ...]:
+        """What the model's code asked of its sizes."""
+        return () if self.provenance is None else self.provenance.equations
 
     @cached_property
     def families(self) -> tuple[Family, ...]:
@@ -126,24 +137,87 @@ class Axes:
         """An axis that was read during the trace, as it is now."""
         return self.store.resolve(axis)
 
+    def incidence(self, axis: Axis | None) -> tuple[Ids, Ids]:
+        """(positions, atoms): position positions[i] of this axis goes when atoms[i] goes; sorted by position."""
+        axis = self.store.resolve(axis)
+        if axis is None:
+            return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
+        cache = self.__dict__.setdefault("_incidence", {})
+        if axis not in cache:
+            rows = self.store.rows(axis.ids)
+            where, column = np.nonzero(rows)
+            cache[axis] = where, rows[where, column]
+        return cache[axis]
+
+    def axis_atoms(self, axis: Axis | None) -> Ids:
+        """The distinct atoms of an axis, sorted."""
+        axis = self.store.resolve(axis)
+        return np.zeros(0, dtype=np.int64) if axis is None else self.store.atoms(axis.ids)
+
+    def live(self, axis: Axis, drop: Iterable[int]) -> NDArray[np.bool_]:
+        """Which positions of an axis survive the removal of these atoms."""
+        mask = np.ones(len(axis), dtype=bool)
+        kept = self.survivors(drop).of(axis)
+        if kept is not None:
+            mask[:] = False
+            mask[kept] = True
+        return mask
+
+    def count(self, axis: Axis, drop: Iterable[int]) -> int:
+        """How many positions of an axis survive the removal of these atoms."""
+        return self.survivors(drop).count(axis, len(axis))
+
+    def survivors(self, drop: Iterable[int]) -> Survivors:
+        """What survives the removal of these atoms; the last answer is kept."""
+        drop = frozenset(drop)
+        last = self.__dict__.get("_survivors")
+        if last is None or last[0] != drop:
+            last = self.__dict__["_survivors"] = (drop, Survivors(self.store, drop))
+        return last[1]
+
     def kept(self, drop: Iterable[int]) -> dict[str, tuple[Ids | None, ...]]:
         """The indices of each dimension of each parameter that survive the removal of these atoms; None means all."""
-        survivors = Survivors(self.store, drop)
+        survivors = self.survivors(drop)
         return {name: tuple([survivors.of(a) for a in axes]) for name, axes in self.parameters.items()}
+
+    def solve(self, drop: Iterable[int]) -> Any:
+        """The attribute values that a model without these atoms needs, and what cannot be satisfied."""
+        from modelopt.torch.trace.axes.solve import solve
+
+        return solve(self, drop)
+
+    def relax(self, drop: Iterable[int], priority: Mapping[int, float] | None = None) -> tuple[frozenset[int], tuple[str, ...]]:
+        """The part of `drop` with which the model's own integer arithmetic holds, and why the rest stays."""
+        from modelopt.torch.trace.axes.relax import relax
+
+        return relax(self, drop, priority)
+
+    @cached_property
+    def tied(self) -> tuple[Any, ...]:
+        """Families whose counts one line of the model's code binds to each other."""
+        from modelopt.torch.trace.axes.relax import tied
+
+        return tied(self)
+
+    def apply(self, model: Any, drop: Iterable[int]) -> Any:
+        """Remove these atoms from `model`, in place: parameters, attributes, configs. Nothing changes before all is proven."""
+        from modelopt.torch.trace.axes.apply import apply
+
+        return apply(self, model, drop)
 
     def positions(self, axis: Axis, family: Family) -> tuple[Ids, ...]:
         """For each atom of a family, its positions in an axis."""
         key = (axis, family.atoms)
         cache = self.__dict__.setdefault("_positions", {})
         if key not in cache:
-            rows = self.store.rows(axis.ids)
-            atoms = np.array(family.atoms, dtype=np.int64)
-            where, column = np.nonzero(np.isin(rows, atoms))
-            order = np.lexsort((where, rows[where, column]))
-            which = np.searchsorted(atoms, rows[where, column][order])
-            bounds = np.searchsorted(which, np.arange(len(atoms) + 1))
+            where, atoms = self.incidence(axis)
+            mine = np.array(family.atoms, dtype=np.int64)
+            chosen = np.isin(atoms, mine)
+            where, atoms = where[chosen], atoms[chosen]
+            order = np.argsort(atoms, kind="stable")
             where = where[order]
-            cache[key] = tuple(where[a:b] for a, b in zip(bounds[:-1], bounds[1:], strict=True))
+            bounds = np.searchsorted(atoms[order], mine)
+            cache[key] = tuple(where[a:b] for a, b in zip(bounds, [*bounds[1:], len(where)], strict=True))
         return cache[key]
 
 
@@ -180,15 +254,22 @@ def make_axes(recorder: Recorder, output: Any = None) -> Axes:
     original = {n: recorder.axes(t) for n, t in recorder.parameters.items()}
     _freeze_unused(store, original)
     resolved = {n: tuple([store.resolve(a) for a in axes]) for n, axes in original.items()}
+    names = {alias: resolved[name] for alias, name in recorder.aliases.items()}
+
+    def seen(refs: tuple[TensorRef, ...]) -> tuple[TensorRef, ...]:
+        return tuple([TensorRef(r.id, r.shape, r.dtype, tuple([store.resolve(a) for a in r.axes])) for r in refs])
+
+    ops = recorder.ops
     return Axes(
         store=store,
-        parameters=resolved,
+        parameters=resolved | names,
         groups={n: (g, store.resolve(a)) for n, (g, a) in sorted(recorder.groups.items(), key=lambda p: natural(p[0]))},
         unknown_ops=dict(sorted(recorder.unknown.items())),
-        calls=tuple(recorder.calls),
-        ops=tuple(recorder.ops or ()),
+        calls=tuple(ModuleCall(c.name, c.cls, seen(c.inputs), seen(c.outputs)) for c in recorder.calls),
+        ops=None if ops is None else tuple(OpCall(o.op, seen(o.inputs), seen(o.outputs), o.module, o.where) for o in ops),
         shapes={n: tuple(t.shape) for n, t in recorder.parameters.items()},
         original=original,
+        aliases=recorder.aliases,
         output=output,
     )
 
@@ -217,8 +298,8 @@ def _families(axes: Axes) -> list[Family]:
     slots: dict[int, list[Slot]] = defaultdict(list)
     per_axis: dict[Axis, list[int]] = {}
     seen = np.zeros(store.count, dtype=bool)
-    for name, dims in axes.parameters.items():
-        for dim, axis in enumerate(dims):
+    for name in axes.original:
+        for dim, axis in enumerate(axes.parameters[name]):
             if axis is None:
                 continue
             if axis not in per_axis:
@@ -258,8 +339,3 @@ def _name(axes: Axes, slot: Slot, atoms: Ids, taken: set[str]) -> str:
 
 def _kind(axes: Axes, slots: list[Slot]) -> str:
     return "channels"
-
-
-def reason_of(axes: Axes, axis: Axis) -> Reason:
-    """Why an axis that was read during the trace is kept."""
-    return axes.store.explain(axis.start)

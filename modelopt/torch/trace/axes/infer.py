@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from modelopt.torch.trace.axes.families import Axes, make_axes
+from modelopt.torch.trace.axes.provenance import Provenance
 from modelopt.torch.trace.axes.record import Recorder
 
 
@@ -32,10 +33,12 @@ def infer_axes(
     """
     recorder = Recorder(model, lift=lift, record_ops=record_ops)
     try:
-        with evaluating(model), torch.no_grad(), recorder:
+        with evaluating(model), torch.no_grad(), recorder, Provenance(model, recorder) as provenance:
             output = model(*args, **(kwargs or {}))
         recorder.freeze_outputs(output)
-        return make_axes(recorder, output)
+        axes = make_axes(recorder, output)
+        axes.provenance = provenance
+        return axes
     finally:
         recorder.close()
 

@@ -48,7 +48,6 @@ class ModuleCall:
     cls: str
     inputs: tuple[TensorRef, ...]
     outputs: tuple[TensorRef, ...]
-    order: int = 0
 
 
 @dataclass(frozen=True)
@@ -78,14 +77,23 @@ def natural(name: str) -> list[tuple[int, int | str]]:
 
 def parameters_of(model: nn.Module) -> dict[str, torch.Tensor]:
     """Every distinct parameter and buffer under its first name in natural order, whatever the order of registration."""
-    pairs = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    seen: dict[int, str] = {}
+    first: dict[int, str] = {}
     out: dict[str, torch.Tensor] = {}
-    for name, tensor in sorted(pairs, key=lambda p: natural(p[0])):
-        if id(tensor) not in seen:
-            seen[id(tensor)] = name
+    for name, tensor in _named(model):
+        if first.setdefault(id(tensor), name) == name:
             out[name] = tensor
     return out
+
+
+def aliases_of(model: nn.Module) -> dict[str, str]:
+    """{every further name of a parameter or buffer: the name in `parameters_of`}."""
+    first: dict[int, str] = {}
+    return {n: first[id(t)] for n, t in _named(model) if first.setdefault(id(t), n) != n}
+
+
+def _named(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    pairs = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return sorted(pairs, key=lambda pair: natural(pair[0]))
 
 
 class Recorder(TorchDispatchMode):
@@ -99,7 +107,8 @@ class Recorder(TorchDispatchMode):
         self.store = LabelStore()
         self.store.site = self._site
         self.lift = lift
-        self.parameters = parameters_of(model)
+        self.parameters, self.aliases = parameters_of(model), aliases_of(model)
+        self.last_groups: Axis | None = None
         self.groups: dict[str, tuple[int, Axis | None]] = {}
         self.unknown: Counter[str] = Counter()
         self.counts: Counter[str] = Counter()
@@ -107,7 +116,6 @@ class Recorder(TorchDispatchMode):
         self.ops: list[OpCall] | None = [] if record_ops else None
         self.names = {id(m): n for n, m in reversed(list(model.named_modules(remove_duplicate=False)))}
         self.stack: list[str] = []
-        self._starts: list[int] = []
         self._leaf = 0
         self._number = 0
         self._op = ""
@@ -120,7 +128,8 @@ class Recorder(TorchDispatchMode):
         for name, tensor in self.parameters.items():
             self._storages[tensor.untyped_storage()._cdata] = tensor
             self.parameter_names[id(tensor)] = name
-            self._mark(tensor, [self.store.fresh(n) if n > 1 else None for n in tensor.shape], static=True)
+            prunable = tensor.is_floating_point() or tensor.is_complex()
+            self._mark(tensor, [self.store.fresh(n) if n > 1 and prunable else None for n in tensor.shape], static=True)
 
     # ------------------------------------------------------------------ labels of tensors
     def axes(self, tensor: torch.Tensor) -> tuple[Axis | None, ...]:
@@ -207,7 +216,7 @@ class Recorder(TorchDispatchMode):
 
     def _apply(self, call: Call, rule: Rule | None, inputs: list[torch.Tensor]) -> None:
         outputs = call.outputs()
-        static = all([self._info(t).static for t in inputs])
+        static = all(self._info(t).static for t in inputs)
         if rule is None:
             axes = None
             self.unsupported(call, inputs, outputs)
@@ -251,7 +260,6 @@ class Recorder(TorchDispatchMode):
 
     def _enter_module(self, module: nn.Module, args: Any) -> None:
         self.stack.append(self.names.get(id(module), ""))
-        self._starts.append(len(self.calls))
         if self._leaf or MODULE_RULES.match(module) is not None:
             self._leaf += 1
 
@@ -263,7 +271,6 @@ class Recorder(TorchDispatchMode):
                 self._op = type(module).__name__
                 rule(self, module, args, kwargs, output)
         name = self.stack.pop()
-        self._starts.pop()
         if not self._leaf and id(module) in self.names:
             inputs = tuple(self.ref(t) for t in [*tensors(args), *tensors(kwargs)])
             outputs = tuple(self.ref(t) for t in tensors(output))

@@ -49,6 +49,7 @@ def _grouped(call: Call, transposed: bool, groups: int) -> Axis | None:
         out_group, _ = call.factor(w[0], (groups, outputs // groups))
         call.unify(group, out_group)
         out = w[0]
+    call.recorder.last_groups = group
     name = call.recorder.parameter_names.get(id(weight))
     if name is not None:
         call.recorder.groups[name] = (groups, group)

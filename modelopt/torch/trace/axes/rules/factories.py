@@ -9,7 +9,8 @@ LARGEST = 1 << 20
 
 @register_rule(
     "aten::zeros", "aten::ones", "aten::full", "aten::empty", "aten::rand", "aten::randn", "aten::new_zeros", "aten::new_ones",
-    "aten::new_full", "aten::new_empty", "aten::empty_strided", "aten::new_empty_strided", "aten::randint", "aten::empty_permuted",
+    "aten::new_full", "aten::new_empty", "aten::empty_strided", "aten::new_empty_strided", "aten::randint",
+    "aten::empty_permuted",
 )  # fmt: skip
 def constant(call: Call) -> Axes:
     return [call.store.fresh(n) if 1 < n <= LARGEST else None for n in call.out.shape]

@@ -179,7 +179,8 @@ def order(call: Call) -> None:
 @register_rule("aten::masked_select", "aten::nonzero", "aten::unique", "aten::_unique2", "aten::unique_dim",
                "aten::unique_consecutive", "aten::bincount", "aten::histc", "aten::one_hot", "aten::searchsorted",
                "aten::bucketize", "aten::take", "aten::multinomial", "aten::item", "aten::_local_scalar_dense", "aten::equal",
-               "aten::nonzero_static", "aten::nonzero_numpy", "aten::argwhere", "aten::is_nonzero", "aten::_assert_async")  # fmt: skip
+               "aten::nonzero_static", "aten::nonzero_numpy", "aten::argwhere", "aten::is_nonzero",
+               "aten::_assert_async")  # fmt: skip
 def by_data(call: Call) -> None:
     for source in call.inputs():
         call.freeze_all(call.axes(source), "read by value")

@@ -46,13 +46,12 @@ def group_norm(call: Call) -> Axes:
     for affine in (weight, bias):
         if affine is not None:
             call.unify(axes[1], call.axes(affine)[0])
-    if groups > 1 and axes[1] is not None:
+    if groups > 1:
         group, _ = call.factor(axes[1], (groups, channels // groups))
+        call.recorder.last_groups = group
         name = call.recorder.parameter_names.get(id(weight)) if weight is not None else None
         if name is not None:
             call.recorder.groups[name] = (groups, group)
-        else:
-            call.freeze(group, "groups of a normalization without weights")
     _rest(call)
     return axes
 

@@ -8,7 +8,8 @@ from modelopt.torch.trace.axes.rules.registry import Axes, Call, broadcast, regi
 @register_rule(
     "aten::add", "aten::sub", "aten::mul", "aten::div", "aten::where", "aten::clamp", "aten::pow", "aten::rsub", "aten::lerp",
     "aten::addcmul", "aten::addcdiv", "aten::masked_fill", "aten::copy", "aten::polar", "aten::complex", "aten::isin",
-    "aten::xlogy", "aten::max.other", "aten::min.other", "aten::rrelu_with_noise", "aten::_prelu_kernel", "aten::log_sigmoid_forward",
+    "aten::xlogy", "aten::max.other", "aten::min.other", "aten::rrelu_with_noise", "aten::_prelu_kernel",
+    "aten::log_sigmoid_forward",
     "aten::heaviside", "aten::bernoulli", "aten::dropout", "aten::native_dropout", "aten::isclose",
 )  # fmt: skip
 def elementwise(call: Call) -> Axes | None:

@@ -1,7 +1,8 @@
 """The table of rules: what one ATen op (or one leaf module) does to the axes of its operands.
 
 A rule gets a `Call` and returns the axes of the output (one per dimension; for several outputs it calls `call.set` itself and
-returns None). An op without a rule freezes every labelled operand and is reported: a missing rule costs pruning, never correctness.
+returns None). An op without a rule freezes every labelled operand and is reported: a missing rule costs pruning, not
+correctness.
 
     @register_rule("aten::my_op")
     def my_op(call):

@@ -26,9 +26,6 @@ def index_put(call: Call) -> Axes:
             if values.dim() >= r and values.shape[-r] != 1:
                 call.unify(axes[d], known[-r])
         call.freeze_all(known[: max(len(known) - len(kept), 0)], BY_DATA)
-        for r, d in enumerate(reversed(kept), 1):  # a broadcast value is written into every slice alike
-            if values.dim() < r:
-                break
     else:
         call.freeze_all([*axes, *known], BY_DATA)
     return axes

@@ -1,4 +1,4 @@
-"""Views and rearrangements: every output element is one input element, so labels are permuted, merged (product) or split (factor)."""
+"""Views and rearrangements: each output element is one input element; labels are permuted, merged (product), split (factor)."""
 
 from __future__ import annotations
 
