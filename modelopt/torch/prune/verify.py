@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import os
+import traceback
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
@@ -264,11 +266,10 @@ def _watch(model: nn.Module, act: Callable[[tuple[str, int], Any], None]) -> Any
 
 
 def _describe(error: BaseException) -> str:
-    """Return the error with the innermost line of code that is not torch's own."""
-    place, trace = "", error.__traceback__
-    while trace is not None:
-        code = trace.tb_frame.f_code
-        if "/torch/" not in code.co_filename.replace("modelopt/torch", ""):
-            place = f" at {code.co_filename.rsplit('/', 1)[-1]}:{trace.tb_lineno}"
-        trace = trace.tb_next
+    """Return the error with the innermost line of code that is neither torch's nor ours."""
+    here = os.path.dirname(__file__)
+    frames = [
+        f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((here, os.path.dirname(torch.__file__)))
+    ]
+    place = f" at {os.path.basename(frames[-1].filename)}:{frames[-1].lineno}: {frames[-1].line}" if frames else ""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{place}"
