@@ -10,7 +10,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -298,7 +298,7 @@ class Recorder(TorchDispatchMode):
     def freeze_outputs(self, output: Any) -> None:
         """What the model returns is what its user sees: those dimensions are kept."""
         self._op = "output"
-        for tensor in tensors(output):
+        for tensor in tensors(results_of(output)):
             for axis in self.axes(tensor):
                 self.store.freeze(axis, "the model returns it")
 
@@ -307,6 +307,19 @@ class Recorder(TorchDispatchMode):
         for tensor in self._marked:
             tensor.__dict__.pop(_KEY, None)
         self._marked.clear()
+
+
+_INTERMEDIATE = ("hidden_states", "attentions", "past_key_values", "encoder_last_hidden_state", "mems", "cache_params")
+
+
+def results_of(output: Any) -> Any:
+    """What of a model's output is a result: of a mapping with logits only those, else all but what is named as intermediate."""
+    if not isinstance(output, Mapping):
+        return output
+    logits = {k: v for k, v in output.items() if "logits" in str(k)}
+    if logits:
+        return logits
+    return {k: v for k, v in output.items() if not str(k).endswith(_INTERMEDIATE)} or dict(output)
 
 
 def _writes(func: Any) -> tuple[tuple[int, str], ...]:
