@@ -48,3 +48,18 @@ def test_nvfp4_gemm() -> None:
         NVFP4Kernel.apply_quantization(torch.randn(8, 60))
     with pytest.raises(ShapeError):
         NVFP4Kernel.gemm(torch.randn(1, 32), codes, scales)
+
+
+@pytest.mark.gpu
+def test_nvfp4_gemm_on_a_gpu() -> None:
+    torch.manual_seed(0)
+    for n, k in ((512, 1024), (96, 128)):
+        codes, scales = NVFP4Kernel.apply_quantization(torch.randn(n, k, device="cuda", dtype=torch.bfloat16))
+        weight = kernels.dequantize([codes, *scales], FORMAT, (n, k), torch.float32).double()
+        for m in (1, 16, 100, 1000):
+            x = torch.randn(2, m, k, device="cuda").to(torch.float8_e4m3fn)
+            expected = x.double() @ weight.t()
+            got, short = (NVFP4Kernel.gemm(x, codes, scales, dtype) for dtype in (torch.float32, torch.bfloat16))
+            assert got.dtype == torch.float32 and short.dtype == torch.bfloat16 and got.shape == short.shape == (2, m, n)
+            assert ((got - expected).norm() / expected.norm()).item() < 1e-5  # exact products, float32 sums
+            assert ((short - expected).norm() / expected.norm()).item() < 4e-3
