@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 from modelopt.core.errors import TraceError
+from modelopt.torch.trace.axes.construct import plan_config
 from modelopt.torch.trace.axes.expr import Attr
-from modelopt.torch.trace.axes.provenance import resolve_owner
-from modelopt.torch.trace.axes.solve import solve
+from modelopt.torch.trace.axes.places import path_of, read, write
+from modelopt.torch.trace.axes.solve import Repair, solve
 
 _SHOWN = 4
 
@@ -54,21 +55,41 @@ def apply(axes: Any, model: nn.Module, drop: Iterable[int]) -> Changes:
             "was not changed. Pass what is to be dropped through `relax` first, which keeps what these lines need."
         )
     values = dict(repair.values)
-    places = {a: _read(model, a) for a in values}
+    places = {a: read(model, a) for a in values}
     for attr, now in places.items():
         if now != axes.provenance.values[attr]:
             raise TraceError(
                 f"{attr} is {now!r}, but was {axes.provenance.values[attr]} when the model was traced. Trace it again."
             )
     kept = axes.kept(drop)
-    cuts = {name: dims for name, dims in kept.items() if _changes(dims, axes.shapes[name])}
+    cuts = {name: kept[name] for name in tensors if _changes(kept[name], axes.shapes[name])}
     shapes = {name: (axes.shapes[name], _new_shape(dims, axes.shapes[name])) for name, dims in cuts.items()}
+    config = _describe_by_config(model, axes, shapes, repair, values, places)
     for name, dims in cuts.items():
         _cut(tensors[name], dims)
     for attr, value in values.items():
         write(model, attr, value)
     _settle(model)
-    return Changes({str(a): (places[a], v) for a, v in values.items()}, shapes, values)
+    return Changes({str(a): (places[a], v) for a, v in values.items()}, shapes, values, config)
+
+
+def _describe_by_config(
+    model: nn.Module, axes: Any, shapes: Mapping[str, Any], repair: Repair, values: dict[Attr, int], places: dict[Attr, Any]
+) -> str:  # fmt: skip
+    """Add to `values` what a config that describes the pruned model has; return what to tell about it."""
+    known = {a: values.get(a, axes.provenance.values[a]) for a in repair.known}
+    new = {n: new for n, (_, new) in shapes.items()}
+    new.update({alias: new[name] for alias, name in axes.aliases.items() if name in new})
+    plan = plan_config(model, new, known)
+    if plan is None:
+        return ""
+    if plan.reason:
+        return f"The config cannot describe the pruned model: {plan.reason}. It loads through its saved description."
+    for attr, value in plan.values.items():
+        now = read(model, attr)
+        if now != value:
+            values[attr], places[attr] = value, now
+    return "The config describes the pruned model."
 
 
 def tensors_of(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
@@ -118,60 +139,10 @@ def _settle(model: nn.Module) -> None:
             module.flatten_parameters()
 
 
-# ---- reading and writing an attribute by its leaf
-def _path(attr: Attr) -> tuple[Any, ...]:
-    return attr.index if isinstance(attr.index, tuple) else () if attr.index is None else (attr.index,)
-
-
-def _holder(model: nn.Module, attr: Attr) -> tuple[Any, Any]:
-    """(container, key) of the attribute's top value: the __dict__ of its owner, or the owner itself if it is a dict."""
-    try:
-        owner = resolve_owner(model, attr.owner)
-        if attr.name:
-            owner.__dict__[attr.name]
-            return owner.__dict__, attr.name
-        dict.__getitem__(owner, _path(attr)[0])
-        return owner, None
-    except (AttributeError, KeyError, TypeError) as error:
-        raise TraceError(f"The model has no attribute {attr}, which is to be set. Is it the model that was pruned?") from error
-
-
-def _read(model: nn.Module, attr: Attr) -> Any:
-    container, key = _holder(model, attr)
-    value = container if key is None else container[key]
-    for step in _path(attr):
-        value = value[step]
-    return value
-
-
-def write(model: nn.Module, attr: Attr, value: int) -> None:
-    """Set an int attribute; lists and dicts are changed in place, tuples replaced."""
-    container, key = _holder(model, attr)
-    if key is None:
-        _replaced(container, _path(attr), value)
-    else:
-        dict.__setitem__(container, key, _replaced(container[key], _path(attr), value))
-
-
-def _replaced(value: Any, path: tuple[Any, ...], new: int) -> Any:
-    if not path:
-        return new
-    inner = _replaced(value[path[0]], path[1:], new)
-    if isinstance(value, dict):
-        dict.__setitem__(value, path[0], inner)
-    elif isinstance(value, list):
-        value[path[0]] = inner
-    else:
-        items = list(value)
-        items[path[0]] = inner
-        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    return value
-
-
 # ---- the description that travels with a checkpoint
 def describe(changes: Changes) -> dict[str, Any]:
     """Return the changes as plain JSON: `{"attributes": [[owner, name, path, new], ...], "shapes": {name: [...]}}`."""
-    attributes = [[a.owner, a.name, list(_path(a)), v] for a, v in changes.leaves.items()]
+    attributes = [[a.owner, a.name, list(path_of(a)), v] for a, v in changes.leaves.items()]
     return {"attributes": attributes, "shapes": {name: list(new) for name, (_, new) in changes.shapes.items()}}
 
 
@@ -188,8 +159,8 @@ def reapply(model: nn.Module, description: Mapping[str, Any]) -> nn.Module:
     found = dict(model.named_buffers(remove_duplicate=False))
     found.update(model.named_parameters(remove_duplicate=False))
     for attr, value in rows:
-        if type(_read(model, attr)) is not int or value < 0:
-            raise TraceError(f"{attr} cannot become {value}: it is {_read(model, attr)!r}.")
+        if not (read(model, attr) is None or type(read(model, attr)) is int) or value < 0:
+            raise TraceError(f"{attr} cannot become {value}: it is {read(model, attr)!r}.")
     for name, shape in shapes.items():
         old = tuple(found[name].shape) if name in found else None
         if old is None or len(old) != len(shape) or any(n > m or n < 1 for n, m in zip(shape, old, strict=False)):

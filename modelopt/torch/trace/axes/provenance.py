@@ -6,8 +6,6 @@ the leaf `Attr(owner, name, index)`; the originals return whatever happens. Only
 
 from __future__ import annotations
 
-import types
-from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
 
@@ -16,79 +14,11 @@ from torch import nn
 
 from modelopt.torch.trace.axes.expr import Attr, Equation, Recording, Tainted, Where, plain
 from modelopt.torch.trace.axes.layers import Standard, identities, standard
+from modelopt.torch.trace.axes.places import DEPTH, MODULE_INTERNALS, owners
 from modelopt.torch.trace.axes.sizes import Recorder, SizeMode
 
-_MODULE_INTERNALS = frozenset(nn.Module().__dict__) | {"training"}
-_NOT_CONFIGS = (
-    "torch",
-    "builtins",
-    "numpy",
-    "collections",
-    "functools",
-    "logging",
-    "threading",
-    "enum",
-    "typing",
-    "pathlib",
-    "weakref",
-)
-_DEPTH = 5
 
-
-def is_config(value: Any) -> bool:
-    """True for a plain object of attributes: a config, its parts, a dataclass of sizes; not for code, tensors or tools."""
-    if isinstance(value, (nn.Module, torch.Tensor, type, types.ModuleType)) or callable(value):
-        return False
-    if not isinstance(getattr(value, "__dict__", None), dict):
-        return False
-    if isinstance(value, types.SimpleNamespace):
-        return True
-    return type(value).__module__.split(".")[0] not in _NOT_CONFIGS
-
-
-def owners(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yield (path, object) of each module and config once, under the first path that reaches it, modules first.
-
-    A path is what `resolve_owner` follows: attribute names, dict keys and list positions joined by dots.
-    """
-    seen: set[int] = set()
-    modules = [(name, m) for name, m in model.named_modules() if not isinstance(m, torch.jit.ScriptModule)]
-    yield from modules
-    for name, module in modules:
-        for key, value in module.__dict__.items():
-            if key not in _MODULE_INTERNALS:
-                yield from _configs(value, f"{name}.{key}" if name else key, seen, _DEPTH)
-
-
-def _configs(value: Any, path: str, seen: set[int], depth: int) -> Iterator[tuple[str, Any]]:
-    if depth == 0 or id(value) in seen:
-        return
-    if is_config(value):
-        seen.add(id(value))
-        yield path, value
-        for key, inner in value.__dict__.items():
-            yield from _configs(inner, f"{path}.{key}", seen, depth - 1)
-    if isinstance(value, dict):
-        seen.add(id(value))
-        for key, inner in value.items():
-            if isinstance(key, str) and "." not in key:
-                yield from _configs(inner, f"{path}.{key}", seen, depth - 1)
-
-
-def resolve_owner(model: nn.Module, path: str) -> Any:
-    """Return the object that `path` (as `owners` gives it) leads to. Raises AttributeError or KeyError where it leads nowhere."""
-    value: Any = model
-    for step in path.split(".") if path else ():
-        if isinstance(value, nn.Module) and step in value._modules:
-            value = value._modules[step]
-        elif isinstance(value, dict) and step in value:
-            value = value[step]
-        else:
-            value = getattr(value, step)
-    return value
-
-
-class _Tainter:
+class Tainter:
     """Replaces ints in containers and remembers what was there."""
 
     def __init__(self, recording: Recording):
@@ -101,7 +31,7 @@ class _Tainter:
         """Taint the attributes of a module or config."""
         attributes = value.__dict__
         for key in list(attributes):
-            if isinstance(value, nn.Module) and key in _MODULE_INTERNALS:
+            if isinstance(value, nn.Module) and key in MODULE_INTERNALS:
                 continue
             new = self._taint(attributes[key], owner, key, ())
             if new is not attributes[key]:
@@ -121,10 +51,10 @@ class _Tainter:
             leaf = Attr(owner, name, path[0] if len(path) == 1 else path or None)
             self.values[leaf] = value
             return Tainted(value, leaf, self.recording)
-        if len(path) >= _DEPTH:
+        if len(path) >= DEPTH:
             return value
         if isinstance(value, (tuple, list)) and not isinstance(value, torch.Size):
-            if id(value) in self._done:  # one list under two names stays one list
+            if isinstance(value, list) and id(value) in self._done:  # one list under two names stays one list
                 return self._done[id(value)][1]
             new = [self._taint(v, owner, name, (*path, k)) for k, v in enumerate(value)]
             if any(a is not b for a, b in zip(new, value, strict=True)):
@@ -163,7 +93,7 @@ class Provenance:
         self.identities: tuple[Equation, ...] = ()
         self._recording = Recording()
         self._mode = SizeMode(recorder, self._recording)
-        self._tainter = _Tainter(self._recording)
+        self._tainter = Tainter(self._recording)
         self._stack = ExitStack()
 
     @property
@@ -201,5 +131,5 @@ class Provenance:
         for _, value in owners(self.model):  # what the forward pass itself stored: caches of shapes, lengths
             attributes = value.__dict__
             for key in list(attributes):
-                if key not in _MODULE_INTERNALS:
+                if key not in MODULE_INTERNALS:
                     attributes[key] = plain(attributes[key])

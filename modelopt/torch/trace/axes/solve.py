@@ -37,7 +37,7 @@ class System:
         provenance = axes.provenance
         self.axes = axes
         self.originals: dict[Attr, int] = dict(provenance.values)
-        self.equations: list[Equation] = [e for e in self._gather(axes, provenance) if self._sane(e)]
+        self.equations = [e for e in dict.fromkeys(self._gather(axes, provenance)) if self._sane(e)]
         self.sizes: tuple[Size, ...] = tuple(dict.fromkeys(s for e in self.equations for s in e.leaves() if isinstance(s, Size)))
         known = set(self.equations)
         more = [Equation(s, ">", 0, "an empty part") for s in self.sizes if type(s) is Size]
