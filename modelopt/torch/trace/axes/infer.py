@@ -45,8 +45,9 @@ def infer_axes(
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode and a private random state; both are restored."""
-    flags = [(m, m.training) for m in model.modules()]
+    """Eval mode and a private random state; both are restored, and so is every attribute that the forward pass sets."""
+    modules = list(model.modules())
+    before = [(m, dict(m.__dict__), {k: dict(m.__dict__[k]) for k in _TABLES}) for m in modules]
     devices = sorted({t.device.index or 0 for t in model.parameters() if t.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(0)
@@ -54,5 +55,18 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         try:
             yield
         finally:
-            for module, flag in flags:
-                module.training = flag
+            for module, attributes, tables in before:
+                _restore(module.__dict__, attributes)
+                for name, table in tables.items():
+                    _restore(module.__dict__[name], table)
+
+
+_TABLES = ("_parameters", "_buffers", "_modules")
+
+
+def _restore(now: dict[str, Any], before: dict[str, Any]) -> None:
+    """Make a dict what it was, touching nothing where nothing has changed."""
+    if len(now) == len(before) and all(k in now and now[k] is v for k, v in before.items()):
+        return
+    now.clear()
+    now.update(before)

@@ -6,6 +6,7 @@ hooks. Labels live on the tensors themselves (one attribute), so they live exact
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import sys
@@ -26,6 +27,7 @@ from modelopt.torch.trace.axes.rules import rule_for
 from modelopt.torch.trace.axes.rules.registry import MODULE_RULES, Call, Rule, tensors
 
 _KEY = "_modelopt_axes"
+_RUNS = itertools.count()
 _HERE = os.path.dirname(os.path.abspath(__file__))
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__))
 
@@ -64,10 +66,10 @@ class OpCall:
 class _Info:
     """What is known of one tensor: its axes, whether it depends on parameters only, its number."""
 
-    __slots__ = ("axes", "number", "owner", "static")
+    __slots__ = ("axes", "number", "run", "static")
 
-    def __init__(self, owner: Recorder, axes: tuple[Axis | None, ...], static: bool, number: int) -> None:
-        self.owner, self.axes, self.static, self.number = owner, axes, static, number
+    def __init__(self, run: int, axes: tuple[Axis | None, ...], static: bool, number: int) -> None:
+        self.run, self.axes, self.static, self.number = run, axes, static, number
 
 
 def natural(name: str) -> list[tuple[int, int | str]]:
@@ -104,6 +106,7 @@ class Recorder(TorchDispatchMode):
 
     def __init__(self, model: nn.Module, *, lift: frozenset[str] = frozenset(), record_ops: bool = False) -> None:
         super().__init__()
+        self.run = next(_RUNS)
         self.store = LabelStore()
         self.store.site = self._site
         self.lift = lift
@@ -147,7 +150,7 @@ class Recorder(TorchDispatchMode):
     def set(self, tensor: torch.Tensor, axes: Sequence[Axis | None]) -> None:
         """Label a tensor. Dimensions of size one are never pruned."""
         info = tensor.__dict__.get(_KEY)
-        static = info.static if info is not None and info.owner is self else False
+        static = info.static if info is not None and info.run == self.run else False
         self._mark(tensor, axes, static)
 
     def _mark(self, tensor: torch.Tensor, axes: Sequence[Axis | None], static: bool) -> _Info:
@@ -155,12 +158,12 @@ class Recorder(TorchDispatchMode):
         if len(axes) != len(shape):
             raise RuntimeError(f"{self._op}: {len(axes)} axes for a tensor of shape {tuple(shape)}")
         old = tensor.__dict__.get(_KEY)
-        if old is None or old.owner is not self:
+        if old is None or old.run != self.run:
             self._number += 1
             number = self._number
         else:
             number = old.number
-        info = _Info(self, tuple([None if n == 1 else a for a, n in zip(axes, shape, strict=True)]), static, number)
+        info = _Info(self.run, tuple([None if n == 1 else a for a, n in zip(axes, shape, strict=True)]), static, number)
         tensor.__dict__[_KEY] = info
         if id(tensor) in self.parameter_names and old is None:
             self._marked.append(tensor)
@@ -168,7 +171,7 @@ class Recorder(TorchDispatchMode):
 
     def _info(self, tensor: torch.Tensor) -> _Info:
         info = tensor.__dict__.get(_KEY)
-        if info is not None and info.owner is self:
+        if info is not None and info.run == self.run:
             return info
         base = self._storages.get(tensor.untyped_storage()._cdata) if tensor.layout == torch.strided else None
         axes: Sequence[Axis | None] = [None] * tensor.dim()
