@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-_SUBPACKAGES = ("calibration", "export", "kernels", "opt", "quantization", "trace", "utils")
+_SUBPACKAGES = ("calibration", "export", "kernels", "opt", "prune", "quantization", "trace", "utils")
 
 
 def __getattr__(name: str) -> ModuleType:

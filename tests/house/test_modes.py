@@ -29,9 +29,14 @@ def build() -> nn.Module:
     return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 32)).eval()
 
 
+PRUNING = {"structured": {"ratio": 0.25}, "fastnas": {"constraints": {"params": "80%"}}}
+
+
 def step(model: nn.Module, name: str) -> nn.Module:
-    data = {} if name == "compress" else {"forward_loop": BATCHES}
-    return apply_mode(model, [(name, CONFIG if name == "quantize" else {})], mode_kwargs=data)
+    data: dict = {} if name == "compress" else {"forward_loop": BATCHES}
+    if name in PRUNING:
+        data = {"dummy_input": BATCHES[0], "score_func": lambda m: -float(m(BATCHES[0]).detach().square().mean())}
+    return apply_mode(model, [(name, CONFIG if name == "quantize" else PRUNING.get(name, {}))], mode_kwargs=data)
 
 
 def test_the_table_names_every_registered_mode():
@@ -41,7 +46,7 @@ def test_the_table_names_every_registered_mode():
 @pytest.mark.parametrize(("first", "second"), itertools.product(ModeRegistry.names(), repeat=2))
 def test_pair(first, second, tmp_path):
     model = build()
-    for name in ["quantize", first] if first != "quantize" else ["quantize"]:
+    for name in [first] if first == "quantize" or first in PRUNING else ["quantize", first]:
         step(model, name)
     x = torch.randn(3, 64)
     before, steps = model(x), len(mto.history(model))

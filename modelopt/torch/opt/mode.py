@@ -85,6 +85,8 @@ ModeRegistry = ModeTable(
     max_calibrate=f"{_QUANTIZATION}:MaxCalibrateMode",
     mse_calibrate=f"{_QUANTIZATION}:MSECalibrateMode",
     _no_calibrate=f"{_QUANTIZATION}:NoCalibrateMode",
+    structured="modelopt.torch.prune.mode:StructuredMode",
+    fastnas="modelopt.torch.prune.mode:FastNASMode",
 )
 
 

@@ -2,8 +2,8 @@
 
     tensor | (a, b) | {"x": a} | ((a, b), {"mask": m}) | (a, b, {"mask": m})   ->   (args, kwargs)
 
-A guess comes from the model's own description (the plugins read the configs of transformers, diffusers and timm) or from its first
-layer. Several guesses may be plausible: the first one that the model runs on is taken.
+A guess comes from the model's own description (the plugins read the configs of transformers, diffusers and timm) or from its
+first layer. Several guesses may be plausible: the first one that the model runs on is taken.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,9 @@ from modelopt.core.errors import TraceError
 from modelopt.core.plugins import PluginTable
 from modelopt.torch.trace.meta import RealIntegers
 from modelopt.torch.utils import get_module_device, unwrap_model
+
+if TYPE_CHECKING:
+    from modelopt.torch.trace.axes import Axes
 
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -93,7 +96,7 @@ def resolve_inputs(model: nn.Module, dummy_input: Any = None) -> Inputs:
         else:
             return guess
     guess, error = failures[0]
-    raise _failed(model, guess, error, f"None of {len(failures)} guessed inputs suits it; the first: ", f" {HOW}") from error
+    raise failure(model, guess, error, f"None of {len(failures)} guessed inputs suits it; the first: ", f" {HOW}") from error
 
 
 def run(model: nn.Module, inputs: Inputs, context: Callable[[], AbstractContextManager[Any]] = nullcontext) -> Any:
@@ -107,7 +110,22 @@ def run(model: nn.Module, inputs: Inputs, context: Callable[[], AbstractContextM
     except TraceError:
         raise
     except MODEL_ERRORS as error:
-        raise _failed(model, inputs, error) from error
+        raise failure(model, inputs, error) from error
+
+
+def infer(model: nn.Module, dummy_input: Any = None, **options: Any) -> Axes:
+    """Return `infer_axes` of a model on these inputs (guessed if None). A model that fails raises TraceError."""
+    from modelopt.torch.trace.axes import infer_axes
+
+    model = unwrap_model(model)
+    inputs = resolve_inputs(model, dummy_input)
+    try:
+        with unchanged(model):
+            return infer_axes(model, *inputs, **options)
+    except TraceError:
+        raise
+    except MODEL_ERRORS as error:
+        raise failure(model, inputs, error) from error
 
 
 @contextmanager
@@ -141,7 +159,7 @@ def unchanged(model: nn.Module) -> Iterator[None]:
             module._buffers.update(buffers)
 
 
-def _failed(model: nn.Module, inputs: Inputs, error: Exception, before: str = "", after: str = "") -> TraceError:
+def failure(model: nn.Module, inputs: Inputs, error: Exception, before: str = "", after: str = "") -> TraceError:
     reason = " ".join(str(error).split())[:500] or "no message"
     return TraceError(
         f"{type(model).__name__} fails on these inputs. {before}{describe(inputs)}. "

@@ -1,0 +1,1 @@
+"""Searches for what to prune, one paper a file."""
