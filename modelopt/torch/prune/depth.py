@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from modelopt.core.errors import CheckpointError, ConfigError
+from modelopt.torch.trace.axes.construct import builder_of
+from modelopt.torch.trace.axes.places import configs
+from modelopt.torch.trace.inputs import MODEL_ERRORS
 from modelopt.torch.utils.network import get_submodule
 
 
@@ -149,6 +153,26 @@ def choose_units(stacks: Sequence[Stack], scores: Mapping[str, float], share: fl
     return kept
 
 
+def renamed(description: Mapping[str, Any], kept: Mapping[str, Sequence[int]]) -> dict[str, Any]:
+    """Return the description of a cut model in the names that its modules have after `remove_units(model, kept)`."""
+    if not kept:
+        return dict(description)
+
+    def name_of(name: str) -> str | None:
+        for container, indices in sorted(kept.items(), key=lambda item: -len(item[0])):
+            prefix = f"{container}." if container else ""
+            index, dot, rest = name.removeprefix(prefix).partition(".")
+            if name.startswith(prefix) and index.isdigit():
+                if int(index) not in indices:
+                    return None
+                name = f"{prefix}{list(indices).index(int(index))}{dot}{rest}"
+        return name
+
+    rows = [[new, *row[1:]] for row in description["attributes"] if (new := name_of(row[0])) is not None]
+    shapes = {new: shape for name, shape in description["shapes"].items() if (new := name_of(name)) is not None}
+    return {"attributes": rows, "shapes": shapes}
+
+
 @contextlib.contextmanager
 def skipping(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
     """Let the named units return their input, as if they were not there."""
@@ -171,20 +195,23 @@ def remove_units(model: nn.Module, kept: Mapping[str, Sequence[int]]) -> dict[st
     """
     changes: dict[str, tuple[Any, Any]] = {}
     for name, indices in kept.items():
-        container = get_submodule(model, name)
-        size = len(container._modules)
-        if not indices or list(indices) != sorted(set(indices)) or not 0 <= indices[0] <= indices[-1] < size:
+        size = len(get_submodule(model, name)._modules)
+        fits = indices and list(indices) == sorted(set(indices)) and indices[0] >= 0
+        if not fits or (size != len(indices) and indices[-1] >= size):
             raise CheckpointError(f'"{name}" has {size} blocks; the indices {list(indices)[:8]} do not fit.')
-    for name, indices in kept.items():
-        container = get_submodule(model, name)
-        modules = list(container._modules.values())
+    for name in sorted(kept, key=lambda n: (-len(n), n)):  # the inner ones first, whose names change with the outer ones
+        indices = list(kept[name])
+        modules = list(get_submodule(model, name)._modules.values())
+        if len(modules) == len(indices):
+            continue
         numbers = _numbers(modules)
+        changes.update(_shorten_config(model, name, len(modules), indices))
+        container = get_submodule(model, name)
         container._modules.clear()
         for new, old in enumerate(indices):
             container._modules[str(new)] = modules[old]
             for owner, key in numbers[old]:
                 owner.__dict__[key] = new
-        changes.update(_shorten_configs(model, len(modules), list(indices)))
         changes[f"{name}.length"] = (len(modules), len(indices))
     return changes
 
@@ -203,22 +230,53 @@ def _numbers(modules: Sequence[Any]) -> list[list[tuple[nn.Module, str]]]:
     return [[found[p] for p in sorted(common)] for found in tables]
 
 
-def _shorten_configs(model: nn.Module, size: int, indices: list[int]) -> dict[str, tuple[Any, Any]]:
-    """Change lists with one entry per block, and counts of blocks, in the configs that the model's modules hold."""
-    configs = {}
-    for module in model.modules():
-        config = module.__dict__.get("config")
-        if config is not None and hasattr(config, "__dict__") and not isinstance(config, nn.Module):
-            configs.setdefault(id(config), config)
-    changes: dict[str, tuple[Any, Any]] = {}
-    for config in configs.values():
-        for key, value in list(vars(config).items()):
-            new: Any = value
-            if isinstance(value, list | tuple) and len(value) == size and not key.startswith("_"):
-                new = type(value)(value[i] for i in indices)
-            elif type(value) is int and value == size and "layer" in key and not key.startswith("_"):
-                new = len(indices)
-            if new is not value:
-                changes[f"config.{key}"] = (value, new)
-                vars(config)[key] = new
+def _shorten_config(model: nn.Module, name: str, size: int, indices: list[int]) -> dict[str, tuple[Any, Any]]:
+    """Change what the model's config says of the container: the count of its blocks, and lists with one entry per block.
+
+    Which of the numbers that equal `size` is the count is found by building the model without weights. Where none is, the
+    config stays as it is.
+    """
+    builder = builder_of(model)
+    if builder is None:
+        return {}
+    root, config, build = builder
+    parts = [(path, part if isinstance(part, dict) else vars(part)) for path, part in configs(config, root, set())]
+    counts = [(path, k) for path, part in parts for k, v in part.items() if type(v) is int and v == size]
+    lists = [(path, k) for path, part in parts for k, v in part.items() if isinstance(v, list | tuple) and len(v) == size]
+    lists = [(path, k) for path, k in lists if not k.startswith("_")]
+    lengths = _lengths(model)
+    wanted = {**lengths, name: len(indices)}
+    for chosen, cut in itertools.product([*([c] for c in counts), []], [lists, []]):
+        trial = copy.deepcopy(config)
+        new = _changed(trial, root, chosen, cut, indices)
+        try:
+            with torch.device("meta"):
+                built = _lengths(build(trial))
+        except MODEL_ERRORS:
+            continue
+        if {n: built.get(n) for n in wanted if n.count(".") <= name.count(".")} == {
+            n: c for n, c in wanted.items() if n.count(".") <= name.count(".")
+        }:
+            _changed(config, root, chosen, cut, indices)
+            return new
+    return {}
+
+
+def _lengths(model: nn.Module) -> dict[str, int]:
+    return {n: len(m._modules) for n, m in model.named_modules() if isinstance(m, nn.ModuleList | nn.Sequential)}
+
+
+def _changed(config: Any, root: str, counts: Sequence[Any], lists: Sequence[Any], indices: list[int]) -> dict[str, Any]:
+    """Write the new count and the shortened lists into `config`, and return {name: (before, after)}."""
+    changes = {}
+    for path, part in configs(config, root, set()):
+        values = part if isinstance(part, dict) else vars(part)
+        for key, old in list(values.items()):
+            if (path, key) in counts:
+                values[key] = len(indices)
+            elif (path, key) in lists:
+                values[key] = type(old)(old[i] for i in indices)
+            else:
+                continue
+            changes[f"{path}.{key}"] = (old, values[key])
     return changes

@@ -52,8 +52,8 @@ class StructuredMode(Mode):
         """Give a freshly built model the pruned shapes and attributes; its tensors are loaded afterwards."""
         if not isinstance(state.get("structure"), dict):
             raise CheckpointError('The state of a pruning must have the key "structure".')
-        reapply(model, state["structure"]["axes"])
         remove_units(model, state["structure"]["layers"])
+        reapply(model, state["structure"]["axes"])
         self.done = state
         return model
 

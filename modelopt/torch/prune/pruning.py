@@ -26,7 +26,16 @@ from modelopt.torch.opt.mode import apply_mode, history
 from modelopt.torch.prune.choose import Group, choose, make_groups
 from modelopt.torch.prune.config import COSTS, StructuredConfig, read_limit
 from modelopt.torch.prune.cost import Costs
-from modelopt.torch.prune.depth import choose_units, find_stacks, influence, remove_units, removed_units, skipping, tensors_of
+from modelopt.torch.prune.depth import (
+    choose_units,
+    find_stacks,
+    influence,
+    remove_units,
+    removed_units,
+    renamed,
+    skipping,
+    tensors_of,
+)
 from modelopt.torch.prune.importance import Data, score_families
 from modelopt.torch.prune.verify import verify_pruning
 from modelopt.torch.trace.axes import infer_axes
@@ -247,7 +256,10 @@ def carry_out(task: Task, plan: Plan) -> tuple[dict[str, Any], dict[str, Any]]:
     verdict = _prove(task, plan) if wanted else None
     changes = task.axes.apply(task.model, plan.drop)
     shortened = remove_units(task.model, plan.layers)
-    return _report(plan, changes, shortened, verdict), {"axes": describe(changes), "layers": plan.layers}
+    return _report(plan, changes, shortened, verdict), {
+        "axes": renamed(describe(changes), plan.layers),
+        "layers": plan.layers,
+    }
 
 
 def _is_meta(model: nn.Module) -> bool:
@@ -295,5 +307,6 @@ def _report(plan: Plan, changes: Any, shortened: dict[str, tuple[Any, Any]], ver
         "costs": {name: {"before": before, "after": after} for name, (before, after) in plan.costs.items()},
         "kept_back": list(plan.kept_back),
         "attributes": {k: list(v) for k, v in attributes.items()},
+        "config": changes.config,
         "verified": verdict,
     }
