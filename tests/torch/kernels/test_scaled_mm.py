@@ -189,3 +189,25 @@ def test_dispatch_on_a_gpu(kind, monkeypatch):
     assert kernels.explain_linear(x, weight, text, 48, text) == "scaled_mm"
     got = kernels.quantized_linear(x, weight, text, 48, None, text, amax)
     assert ((got - law).float().norm() / law.float().norm()).item() < 4e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", ["NVFP4_DEFAULT_CFG", "MXFP4_DEFAULT_CFG", "MXFP8_DEFAULT_CFG"])
+def test_compressed_models_take_it(config, monkeypatch):
+    """A compressed model with FP4 or MX activations goes to torch's product on capable hardware, and `explain` says so."""
+    import modelopt.torch.quantization as mtq
+    from modelopt.torch.quantization.backends import explain
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(256, 128)).to("cuda", torch.bfloat16).eval()
+    x = torch.randn(3, 70, 256, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        mtq.compress(mtq.quantize(model, getattr(mtq, config), [x]))
+        law = model(x)
+        if torch.cuda.get_device_capability()[0] < 10:
+            assert explain(model[0], x) != "scaled_mm"
+            monkeypatch.setattr(scaled_mm, "_unfit", lambda device, kind: None)
+            monkeypatch.setattr(scaled_mm, "product", reference.product)
+        assert explain(model[0], x) == "scaled_mm"
+        got = model(x)
+    assert got.shape == law.shape and ((got - law).float().norm() / law.float().norm()).item() < 4e-3

@@ -211,6 +211,15 @@ def test_models_that_cannot_be_traced_say_so():
 
     model, _ = compressed(Branch())
     assert "cannot be traced" in fuse(model).refused[0][1]
+
+    class Optional(Gated):
+        def forward(self, x, mask=None):
+            return super().forward(x if mask is None else x * mask)
+
+    model, x = compressed(Optional())
+    before = model(x)
+    done = fuse(model)  # torch.fx would take the branch of a mask that is given
+    assert "optional arguments" in done.refused[0][1] and torch.equal(done.model(x), before)
     model, _ = compressed(Gated())
     model.forward = lambda x: x
     assert "intercepted" in fuse(model).refused[0][1]

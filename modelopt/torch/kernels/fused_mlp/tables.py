@@ -23,13 +23,18 @@ class Config:
     flatten: bool = True
 
 
-def route(m: int, n: int, gated: bool) -> str:
-    """Return "pass" or "epilogue" for `m` rows and `n` features between the layers."""
-    return "pass"
+def route(m: int, gated: bool) -> str:
+    """Return "pass" or "epilogue" for `m` rows.
+
+    The epilogue wins where its tiles fill the processors several times, and at one tile of rows, where it saves a launch.
+    """
+    return "epilogue" if m >= 1024 or 48 <= m <= (128 if gated else 64) else "pass"
 
 
-def choose(m: int, n: int, k: int, gated: bool) -> Config:
+def choose(m: int, gated: bool) -> Config:
     """Return the tile of the product with the epilogue."""
+    if gated:  # two sums: no registers are left for flattening
+        return Config(64, 128, 128, 5, 4, flatten=False) if m <= 64 else Config(128, 128, 128, 4, 8, 16, flatten=False)
     if m <= 64:
         return Config(64, 128, 128, 5, 4)
-    return Config(128, 128, 128, 4, 8) if gated else Config(128, 256, 128, 3, 8)
+    return Config(128, 128, 128, 5, 8) if m < 2048 else Config(128, 256, 128, 3, 8, 32)

@@ -1,7 +1,6 @@
 """fp8_mlp on a GPU: FP8 products around one pass that activates, multiplies and quantizes the intermediate.
 
     "pass"      torch._scaled_mm (bf16), then `activate_quantize`: act(a) [* b] is read in bf16 and written as E4M3 once
-    "layers"    `quantized_linear` for each, and torch between them: for very few rows
     "epilogue"  `product_activate`: the same arithmetic on the sums of the first product, which never leave the registers as bf16
 
 Legend: M rows, N features between the layers, K input features. Both round where the modules round: the products, the activation
@@ -21,9 +20,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from modelopt.torch.kernels.fused_mlp import tables
-from modelopt.torch.kernels.fused_mlp.reference import HIDDEN, activate
 from modelopt.torch.kernels.fused_mlp.triton_activate import finish, round_bf16, scale_of
-from modelopt.torch.kernels.matmul import quantized_linear
 from modelopt.torch.kernels.quantize import quantize
 
 TILE = 4096  # values of one program of `activate_quantize`
@@ -38,8 +35,8 @@ def why_not(x: Tensor, weights: list[Tensor]) -> str | None:
     sizes = [(w.shape[0], w.shape[1]) for w in weights[::2]]
     if any(n % 16 or k % 16 for n, k in sizes):
         return f"the layers are {sizes}; FP8 units take multiples of 16"
-    if any(not w.is_contiguous() or w.device != x.device for w in weights):
-        return "the weights are not contiguous on the input's device"
+    if any(not w.is_contiguous() or w.device != x.device or w.data_ptr() % 16 for w in weights[::2]):
+        return "the weights are not contiguous on the input's device, or not aligned"
     return _unfit(x.device)
 
 
@@ -48,6 +45,11 @@ def _unfit(device: torch.device) -> str | None:
     if torch.cuda.get_device_capability(device) < (8, 9):
         return "FP8 products need compute capability 8.9"
     return None
+
+
+@functools.cache
+def _has_tma(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @triton.jit
@@ -168,7 +170,7 @@ def product_activate(
 ) -> tuple[Tensor, Tensor]:
     """Return (E4M3 codes [M, N], their scale) of act(x W^T + b) [* (x U^T + c)]; x [M, K] E4M3, layers (codes, scale, bias)."""
     (m, k), n = x.shape, first[0].shape[0]
-    c = config or tables.choose(m, n, k, up is not None)
+    c = config or tables.choose(m, up is not None)
     other = first if up is None else up
     codes = torch.empty((m, n), dtype=torch.float8_e4m3fn, device=x.device)
     scale = torch.empty((), dtype=torch.float32, device=x.device)
@@ -234,9 +236,8 @@ def fp8_mlp(
 ) -> Tensor:
     """Return second(quantize(act(first(q(x))) [* up(q(x))])), [..., N2] bf16; `how`: a path (None: that of the table)."""
     flat = x.reshape(-1, x.shape[-1])
-    how = how or tables.route(flat.shape[0], weights[0].shape[0], len(biases) == 3)
-    if how == "layers":
-        return _layers(x, weights, biases, activation, input_format, input_amax, hidden_amax)
+    if how is None:
+        how = tables.route(flat.shape[0], len(biases) == 3) if _has_tma(x.device) else "pass"
     codes, x_scale = quantize(flat, input_format, input_amax)
     q = codes.view(torch.float8_e4m3fn)
     layers = [
@@ -253,27 +254,6 @@ def fp8_mlp(
         h, h_scale = activate_quantize(a, b, activation, hidden_amax)
     y = product(h, h_scale, *second)
     return y.reshape(*x.shape[:-1], y.shape[-1])
-
-
-def _layers(
-    x: Tensor,
-    weights: list[Tensor],
-    biases: list[Tensor | None],
-    activation: str,
-    input_format: str,
-    input_amax: Tensor | None,
-    hidden_amax: Tensor,
-) -> Tensor:
-    """The same by `quantized_linear`, whose kernels for few rows read the weights and round the inputs to E4M3 values."""
-    texts = [HIDDEN if s.numel() == 1 else "e4m3[1,...]*f32" for s in weights[1::2]]
-    pairs = [list(p) for p in zip(weights[::2], weights[1::2], strict=True)]
-    first = [
-        quantized_linear(x, p, text, p[0].shape[0], b, input_format, input_amax)
-        for p, text, b in zip(pairs[:-1], texts, biases, strict=False)
-    ]
-    h = activate(first[0], activation)
-    h = h * first[1] if len(first) == 2 else h
-    return quantized_linear(h, pairs[-1], texts[-1], pairs[-1][0].shape[0], biases[-1], HIDDEN, hidden_amax)
 
 
 def _same_kind(first: tuple[Tensor, Tensor, Tensor | None], up: tuple[Tensor, Tensor, Tensor | None] | None) -> bool:

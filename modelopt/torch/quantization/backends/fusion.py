@@ -9,6 +9,7 @@ with their names, weights and quantizers; where an input needs a gradient, they 
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -151,10 +152,13 @@ def _trace(module: nn.Module) -> fx.GraphModule | str:
         return "it has no forward of its own"
     if "forward" in module.__dict__ or _hooks(module):
         return "its calls are intercepted (hooks, or a forward of its own)"
+    given = inspect.signature(type(module).forward).parameters.values()
+    if any(p.default is not p.empty or p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in given):
+        return "its forward has optional arguments, for which a trace would hold one choice"
     try:
         graph = _Tracer().trace(module)
     except (fx.proxy.TraceError, TypeError, ValueError, AttributeError, RuntimeError, KeyError, IndexError, AssertionError) as e:
-        return f"it cannot be traced: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ''}"
+        return f"it cannot be traced: {type(e).__name__}: {str(e)[:100]}"
     return _with_graph(module, graph)
 
 
