@@ -65,15 +65,21 @@ def test_example_1_simple_int8(no_cuda, tmp_path, monkeypatch):
     assert (tmp_path / "quantized_model").is_dir() and any((tmp_path / "quantized_model").iterdir())
 
 
-@pytest.mark.xfail(reason="modelopt.torch.trace is not part of this version", raises=(ImportError, AttributeError), strict=True)
-@pytest.mark.parametrize("name", ["trace_directly", "tracing_query"])
-def test_example_2_trace(name):
-    namespace = {"MyModel": Net, "model": Net(), "linear_layer": None, "conv_layer": None}
-    if name == "tracing_query":
-        from modelopt.torch.trace import recursive_trace
+def test_example_2_trace(capsys):
+    namespace = run("trace_directly", MyModel=Net)
+    printed = capsys.readouterr().out
+    assert "  Net: 7 nodes" in printed and "FAILED" not in printed
+    found = [line.removeprefix("Optimizable param: ") for line in printed.splitlines() if line.startswith("Optimizable")]
+    assert found == ["layers.0.linear.out_features", "layers.1.linear.out_features"]
+    assert namespace["analyzer"].method == "axes"
 
-        namespace["recursive_trace"] = recursive_trace
-    run(name, **namespace)
+
+def test_example_2_query():
+    from modelopt.torch.trace import recursive_trace
+
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(), nn.Linear(4 * 16, 2))
+    namespace = run("tracing_query", model=model, linear_layer=model[2], conv_layer=model[0], recursive_trace=recursive_trace)
+    assert isinstance(namespace["fx_graph"], torch.fx.Graph) and namespace["failed"] is False
 
 
 def test_example_3_nvfp4_advanced(no_cuda, tmp_path, monkeypatch):

@@ -10,6 +10,10 @@ from typing import Any
 
 _WHERE = {
     "tracer": "recursive_trace GraphCollection RobustTracer",
+    "symbols": "Symbol SymInfo SymMap",
+    "dependencies": "GraphDependencyProcessor NodeProcessor Map",
+    "analyzer": "analyze_symbols Analyzer",
+    "axes": "Axes Family infer_axes",
 }
 _NAMES = {name: module for module, names in _WHERE.items() for name in names.split()}
 _SUBMODULES = ("axes", "inputs", "modules", "plugins", "tracer")

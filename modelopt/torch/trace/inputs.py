@@ -95,8 +95,10 @@ def resolve_inputs(model: nn.Module, dummy_input: Any = None) -> Inputs:
             failures.append((guess, error))
         else:
             return guess
-    guess, error = failures[0]
-    raise failure(model, guess, error, f"None of {len(failures)} guessed inputs suits it; the first: ", f" {HOW}") from error
+    guess, first_error = failures[0]
+    raise failure(
+        model, guess, first_error, f"None of {len(failures)} guessed inputs suits it; the first: ", f" {HOW}"
+    ) from first_error
 
 
 def run(model: nn.Module, inputs: Inputs, context: Callable[[], AbstractContextManager[Any]] = nullcontext) -> Any:

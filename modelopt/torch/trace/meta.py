@@ -1,7 +1,7 @@
 """Running a model that has no weights: floats live on the meta device, integers and booleans are always real.
 
-Position ids, masks and lengths come out right, so that Python can branch on them. What weights would decide is made up, plausibly:
-indices (of a router's top experts, of a sort) go round the choices, and comparisons of floats are false.
+Position ids, masks and lengths come out right, so that Python can branch on them. What weights would decide is made up: indices
+(of a router's top experts, of a sort) go round the choices, and comparisons of floats are false.
 """
 
 from __future__ import annotations
@@ -71,6 +71,9 @@ class RealIntegers(TorchDispatchMode):
                 like = torch.empty((), dtype=args[0].dtype).expand(args[0].shape)
                 return func(like, *args[1:], **{**kwargs, "device": "cpu"})
         moved = tree_map_only(Tensor, lambda t: t.to("meta") if t.dim() and not t.is_meta else t, (args, kwargs))
+        if name == "_grouped_mm" and moved[0][0].dtype != torch.bfloat16:  # knows one dtype only where there are no values
+            halves = [t.to(torch.bfloat16) if isinstance(t, Tensor) and _is_float(t) else t for t in moved[0]]
+            return func(*halves, **moved[1]).to(moved[0][0].dtype)
         return self._made_up(name, args, func(*moved[0], **moved[1]))
 
     def _without_floats(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:

@@ -3,8 +3,8 @@
     module level    call_module for the children that ran, call_function and call_method for the torch functions between them
     ATen level      every operator that reached the dispatcher inside one module, children included
 
-A tensor is known by its identity while it lives, so nothing is kept alive for the module level. What a module reads that is neither
-its argument, nor its parameter, nor made by it, becomes a placeholder named `captured`.
+A tensor is known by its identity while it lives, so nothing is kept alive for the module level. What a module reads that is
+neither its argument, nor its parameter, nor made by it, becomes a placeholder named `captured`.
 """
 
 from __future__ import annotations

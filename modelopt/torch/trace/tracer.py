@@ -1,7 +1,7 @@
 """Graphs of a model and of every module in it: by torch.fx where Python lets it, else recorded from a real forward pass.
 
-`RobustTracer` is a torch.fx tracer that turns a module it cannot follow into a leaf and goes on. `GraphCollection` holds the graph
-of each module that ran; `recursive_trace` makes one.
+`RobustTracer` is a torch.fx tracer that turns a module it cannot follow into a leaf and goes on. `GraphCollection` holds the
+graph of each module that ran; `recursive_trace` makes one.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class RobustTracer(fx.Tracer):
 
     @classmethod
     def register_leaf(cls, module_type: type[nn.Module]) -> type[nn.Module]:
-        """Never trace into modules of this type or of its subclasses (usable as a decorator). Raises ConfigError if it is known."""
+        """Never trace into modules of this type or of its subclasses (a decorator too). Raises ConfigError if it is known."""
         cls._leaves.register(module_type, True)
         return module_type
 
@@ -77,7 +77,7 @@ class RobustTracer(fx.Tracer):
         return super().call_module(m, forward, args, kwargs)
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
-        """Return the graph of `root`, with the modules in `self.failed` as leaves. Raises what torch.fx raises for the root itself.
+        """Return the graph of `root`, the modules in `self.failed` as leaves. Raises what torch.fx raises for the root itself.
 
         >>> graph = RobustTracer().trace(nn.Sequential(nn.Linear(4, 4), nn.ReLU()))
         >>> [node.op for node in graph.nodes]
@@ -173,7 +173,7 @@ class GraphCollection:
     def inputs(self) -> Inputs:
         """`(args, kwargs)` that the model is run with. Raises TraceError if they were not given and cannot be guessed."""
         if self._inputs is None:
-            args, kwargs = resolve_inputs(self._root(), self._given)
+            args, kwargs = resolve_inputs(self.root, self._given)
             self._inputs = args, {**self._concrete, **kwargs}
         return self._inputs
 
@@ -184,14 +184,14 @@ class GraphCollection:
         Raises TraceError if there are no inputs; a model that fails leaves `recording.error`.
         """
         if self._recording is None:
-            self._recording = record(self._root(), self.inputs)
+            self._recording = record(self.root, self.inputs)
             for module, graph in self._recording.graphs.items():
                 self._graphs.setdefault(module, (graph, "recorded"))
                 self._visited.setdefault(module)
         return self._recording
 
     def _record(self) -> None:
-        root = self._root()
+        root = self.root
         try:
             error = self.recording.error
         except TraceError as failure:
@@ -199,13 +199,15 @@ class GraphCollection:
         if error is not None and root not in self._graphs:
             self._messages[root] = f"{self._messages.get(root, 'no graph')}; a recorded forward pass: {error}"
 
-    def _root(self) -> nn.Module:
+    @property
+    def root(self) -> nn.Module:
+        """The traced model, without wrappers."""
         if self.model is None:
             raise TraceError("Nothing was traced yet. Call recursive_trace(model) first.")
         return self.model
 
     def _resolve(self, module: nn.Module | str) -> nn.Module:
-        root = self._root()
+        root = self.root
         if isinstance(module, str):
             if module not in self._names:
                 hint = did_you_mean(module, self._names)
@@ -237,12 +239,12 @@ class GraphCollection:
             return graph
         names = [n for n, m in self._names.items() if m is module]
         if not names:
-            raise TraceError(f"This {type(module).__name__} is not part of the traced {type(self._root()).__name__}.")
+            raise TraceError(f"This {type(module).__name__} is not part of the traced {type(self.root).__name__}.")
         why = self._messages.get(module) or self._no_recording() or "it did not run on the inputs of the trace"
         raise TraceError(f'There is no graph of "{names[0]}" ({type(module).__name__}): {why}')
 
     def _no_recording(self) -> str:
-        root = self._root()
+        root = self.root
         try:
             error = self.recording.error
         except TraceError as failure:
@@ -254,7 +256,7 @@ class GraphCollection:
 
     def __iter__(self) -> Iterator[nn.Module]:
         """Yield every module that has a graph, the root first, then in the order of `model.modules()`."""
-        for module in self._root().modules():
+        for module in self.root.modules():
             if (module in self._visited or module in self._graphs) and self._find(module) is not None:
                 yield module
 
@@ -286,19 +288,17 @@ class GraphCollection:
         for name, known in self._names.items():
             if known is module:
                 return name
-        raise UnknownNameError(f"This {type(module).__name__} is not part of the traced {type(self._root()).__name__}.")
+        raise UnknownNameError(f"This {type(module).__name__} is not part of the traced {type(self.root).__name__}.")
 
     def aten(self, module: nn.Module | str = "") -> fx.Graph:
         """Return the operators that one call of `module` sends to the dispatcher, children included; runs the model once.
 
         Raises TraceError if the model fails, or does not call the module.
         """
-        return record_aten(self._root(), self.inputs, self._resolve(module))
+        return record_aten(self.root, self.inputs, self._resolve(module))
 
 
-def recursive_trace(
-    model: nn.Module, concrete_args: dict[str, Any] | None = None, dummy_input: Any = None
-) -> GraphCollection:
+def recursive_trace(model: nn.Module, concrete_args: dict[str, Any] | None = None, dummy_input: Any = None) -> GraphCollection:
     """Return the graphs of `model` and of every module in it that ran.
 
     Args:
@@ -314,5 +314,3 @@ def recursive_trace(
     if not isinstance(model, nn.Module):
         raise TraceError(f"A model is an nn.Module; this is a {type(model).__name__}.")
     return GraphCollection().recursive_trace(model, concrete_args, dummy_input)
-
-

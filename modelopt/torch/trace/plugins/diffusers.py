@@ -49,7 +49,9 @@ def _value(name: str, model: nn.Module, config: Any) -> Tensor | None:
     if name in ("timestep", "timesteps"):
         return torch.tensor([0.3]) if packed else torch.tensor([3])
     if name in ("encoder_hidden_states", "context"):
-        width = next((config.get(k) for k in ("joint_attention_dim", "caption_channels", "cross_attention_dim") if config.get(k)), None)
+        width = next(
+            (config.get(k) for k in ("joint_attention_dim", "caption_channels", "cross_attention_dim") if config.get(k)), None
+        )
         width = width[0] if isinstance(width, tuple | list) else width
         return None if width is None else random_input(model, 1, TOKENS, int(width))
     if name in ("pooled_projections", "pooled_projection"):

@@ -15,7 +15,7 @@ def candidate_inputs(model: nn.Module) -> Iterator[Inputs]:
     if conv is None:
         return
     if isinstance(conv, nn.Conv3d):
-        shapes = [(8, 64, 64), (16, 224, 224), (16, 112, 112)]
+        shapes: list[tuple[int, ...]] = [(8, 64, 64), (16, 224, 224), (16, 112, 112)]
     elif "image2" in required_parameters(model):
         shapes = [(128, 128)]
     else:

@@ -6,7 +6,7 @@ Composite configs (text, vision, audio) are searched for the first part that kno
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ def candidate_inputs(model: nn.Module) -> Iterator[Inputs]:
     if not isinstance(model, PreTrainedModel):
         return
     names = forward_parameters(model)
-    makers = {
+    makers: dict[str, Callable[..., Tensor]] = {
         "input_ids": _tokens,
         "pixel_values": _image,
         "input_values": _waveform,
@@ -42,13 +42,15 @@ def candidate_inputs(model: nn.Module) -> Iterator[Inputs]:
     if not known:
         return
     extra = _fixed(model, names)
-    first = {known[0]: makers[known[0]](model)}
+    first: dict[str, Any] = {known[0]: makers[known[0]](model)}
     if "decoder_input_ids" in names:
         first["decoder_input_ids"] = _tokens(model, 8)
-    every = {n: makers[n](model) for n in dict.fromkeys(known)}
+    every: dict[str, Any] = {n: makers[n](model) for n in dict.fromkeys(known)}
     pair = {n: every[n] for n in ("input_ids", "pixel_values") if n in every}
     contrastive = len(pair) == 2 and hasattr(model.config, "projection_dim")
-    order = [pair, first, every] if contrastive or "Siglip" in type(model).__name__ else [first, {**first, **pair}, every]
+    order: list[dict[str, Any]] = (
+        [pair, first, every] if contrastive or "Siglip" in type(model).__name__ else [first, {**first, **pair}, every]
+    )
     seen: list[list[str]] = []
     for kwargs in order:
         if list(kwargs) not in seen:

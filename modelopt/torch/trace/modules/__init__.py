@@ -1,0 +1,1 @@
+"""Symbols and graph rules of torch's own modules and operations."""
