@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
+
+STATES = ("hidden_states", "encoder_last_hidden_state", "attentions", "key_values", "mems", "params")
 
 
 def outputs_of(value: Any, path: str = "") -> dict[str, Tensor]:
@@ -26,6 +28,16 @@ def outputs_of(value: Any, path: str = "") -> dict[str, Tensor]:
     for key, item in items:
         found |= outputs_of(item, f"{path}.{key}" if path else str(key))
     return found
+
+
+def results(outputs: Iterable[str]) -> list[str]:
+    """Return the outputs that a pruned model must return whole: the logits where there are any, else all that are not states.
+
+    States (hidden states, attention maps, caches) may be narrower, and permuted with their family.
+    """
+    names = list(outputs)
+    logits = [n for n in names if "logits" in n.split(".")[0]]
+    return logits or [n for n in names if not n.split(".")[0].endswith(STATES)] or names
 
 
 def difference(dense: Tensor, pruned: Tensor, dead: Tensor | None) -> tuple[float, bool]:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from modelopt.torch.prune.compare import difference, outputs_of
+from modelopt.torch.prune.compare import difference, outputs_of, results
 from modelopt.torch.prune.origins import named_floats
 
 
@@ -78,5 +78,6 @@ def _sources(family: Any, tensors: dict[str, Tensor], order: np.ndarray) -> Iter
 
 
 def _flat(value: Any) -> list[Tensor]:
-    """Return the float tensors of an output in order."""
-    return [t for t in outputs_of(value).values() if t.is_floating_point()]
+    """Return the results among the outputs, in order; states may be permuted."""
+    outputs = outputs_of(value)
+    return [outputs[name] for name in results(outputs) if outputs[name].is_floating_point()]

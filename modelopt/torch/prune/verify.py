@@ -26,13 +26,12 @@ import torch
 from torch import Tensor, nn
 
 from modelopt.core.errors import ConfigError
-from modelopt.torch.prune.compare import difference, outputs_of
+from modelopt.torch.prune.compare import difference, outputs_of, results
 from modelopt.torch.prune.live import Float64Mode, LiveMode
 from modelopt.torch.prune.origins import Kept, OriginError, Origins, float64_copy, perturb
 from modelopt.torch.prune.permute import permutation_error
 from modelopt.torch.trace.inputs import MODEL_ERRORS, resolve_inputs
 
-MAIN = ("logits", "logits_per_image", "out", "sample", "last_hidden_state", "prediction_logits")
 TOLERANCE = 1e-7
 
 
@@ -197,11 +196,11 @@ def _compare(
         return VerifyReport(
             False, float("inf"), f"The outputs are {sorted(got)} instead of {sorted(wanted)}.", unknown_ops=unknown
         )
-    main = next((k for k in MAIN if k in wanted), next(iter(wanted)))
+    whole = results(wanted)
     worst, reduced = 0.0, []
     for name, tensor in wanted.items():
         error, smaller = difference(tensor, got[name], mode.dead(tensor))
-        if smaller and name == main:
+        if smaller and name in whole:
             shapes = f"{tuple(got[name].shape)} instead of {tuple(tensor.shape)}"
             return VerifyReport(False, float("inf"), f"The output {name} is {shapes}.", unknown_ops=unknown)
         reduced += [name] if smaller else []

@@ -83,7 +83,7 @@ class Block(nn.Module):
         x = self.embed(self.ids[ids]) * self.scale
         x = x.view(*ids.shape, self.width)
         x = x + self.down(nn.functional.gelu(self.up(self.norm(x))))
-        return {"logits": self.head(self.final(x)), "hidden": x}
+        return {"logits": self.head(self.final(x)), "hidden_states": x}
 
 
 class Conv(nn.Module):
@@ -125,7 +125,7 @@ def test_correct_block_is_exact(norm: str) -> None:
     dense = Block(norm)
     report = verify_pruning(dense, cut(dense, BLOCK), dummy_input=IDS, kept=BLOCK)
     assert report.exact and report.error < 1e-12, report
-    assert report.reduced == ("hidden",) and report.checked == 2 and not report.unknown_ops
+    assert report.reduced == ("hidden_states",) and report.checked == 2 and not report.unknown_ops
 
 
 def test_correct_convolutions_are_exact() -> None:
