@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 FAST = True  # whether torch._scaled_mm may keep partial sums in the tensor cores' narrower accumulator
@@ -26,15 +27,19 @@ class Config:
 def route(m: int, gated: bool) -> str:
     """Return "pass" or "epilogue" for `m` rows.
 
-    The epilogue wins where its tiles fill the processors several times, and at one tile of rows, where it saves a launch.
+    The epilogue wins where its tiles fill the processors several times, and at one tile of rows, where it saves a launch; the
+    gated one, which saves a read of x too, nearly everywhere.
     """
-    return "epilogue" if m >= 1024 or 48 <= m <= (128 if gated else 64) else "pass"
+    if gated:
+        return "epilogue" if m > 8 else "pass"
+    return "epilogue" if m >= 1024 or 32 < m <= 64 else "pass"
 
 
-def choose(m: int, gated: bool) -> Config:
-    """Return the tile of the product with the epilogue."""
+def choose(m: int, n: int, gated: bool) -> Config:
+    """Return the tile of the product with the epilogue, for `n` features between the layers."""
     if gated:  # two sums: no registers are left for flattening
         return Config(64, 128, 128, 5, 4, flatten=False) if m <= 64 else Config(128, 128, 128, 4, 8, 16, flatten=False)
     if m <= 64:
         return Config(64, 128, 128, 5, 4)
-    return Config(128, 128, 128, 5, 8) if m < 2048 else Config(128, 256, 128, 3, 8, 32)
+    large = math.ceil(m / 128) * math.ceil(n / 256)
+    return Config(128, 256, 128, 3, 8, 32) if large >= 640 else Config(128, 128, 128, 5, 8)

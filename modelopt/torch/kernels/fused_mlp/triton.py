@@ -170,7 +170,7 @@ def product_activate(
 ) -> tuple[Tensor, Tensor]:
     """Return (E4M3 codes [M, N], their scale) of act(x W^T + b) [* (x U^T + c)]; x [M, K] E4M3, layers (codes, scale, bias)."""
     (m, k), n = x.shape, first[0].shape[0]
-    c = config or tables.choose(m, up is not None)
+    c = config or tables.choose(m, n, up is not None)
     other = first if up is None else up
     codes = torch.empty((m, n), dtype=torch.float8_e4m3fn, device=x.device)
     scale = torch.empty((), dtype=torch.float32, device=x.device)
