@@ -308,5 +308,6 @@ def _report(plan: Plan, changes: Any, shortened: dict[str, tuple[Any, Any]], ver
         "kept_back": list(plan.kept_back),
         "attributes": {k: list(v) for k, v in attributes.items()},
         "config": changes.config,
+        "described_by_config": changes.described,
         "verified": verdict,
     }
