@@ -171,7 +171,7 @@ class Axes:
         """What survives the removal of these atoms; the last answer is kept."""
         drop = frozenset(drop)
         last = self.__dict__.get("_survivors")
-        if last is None or last[0] != drop:
+        if last is None or (last[0] is not drop and last[0] != drop):
             last = self.__dict__["_survivors"] = (drop, Survivors(self.store, drop))
         return last[1]
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import nn
 from modelopt.torch.trace.axes.families import Axes, make_axes
 from modelopt.torch.trace.axes.provenance import Provenance
 from modelopt.torch.trace.axes.record import Recorder
+from modelopt.torch.trace.inputs import quiet_run, without_weights
 
 
 def infer_axes(
@@ -33,7 +33,8 @@ def infer_axes(
     """
     recorder = Recorder(model, lift=lift, record_ops=record_ops)
     try:
-        with evaluating(model), torch.no_grad(), recorder, Provenance(model, recorder) as provenance:
+        with quiet_run(model), without_weights(model), recorder, Provenance(model, recorder) as provenance:
+            torch.manual_seed(0)
             output = model(*args, **(kwargs or {}))
         recorder.freeze_outputs(output)
         axes = make_axes(recorder, output)
@@ -41,32 +42,3 @@ def infer_axes(
         return axes
     finally:
         recorder.close()
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode and a private random state; both are restored, and so is every attribute that the forward pass sets."""
-    modules = list(model.modules())
-    before = [(m, dict(m.__dict__), {k: dict(m.__dict__[k]) for k in _TABLES}) for m in modules]
-    devices = sorted({t.device.index or 0 for t in model.parameters() if t.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(0)
-        model.eval()
-        try:
-            yield
-        finally:
-            for module, attributes, tables in before:
-                _restore(module.__dict__, attributes)
-                for name, table in tables.items():
-                    _restore(module.__dict__[name], table)
-
-
-_TABLES = ("_parameters", "_buffers", "_modules")
-
-
-def _restore(now: dict[str, Any], before: dict[str, Any]) -> None:
-    """Make a dict what it was, touching nothing where nothing has changed."""
-    if len(now) == len(before) and all(k in now and now[k] is v for k, v in before.items()):
-        return
-    now.clear()
-    now.update(before)

@@ -91,16 +91,28 @@ def mix(x: NDArray[Any]) -> NDArray[np.uint64]:
 
 def canonical(rows: Ids) -> Ids:
     """Sort each row, drop repeated atoms, pad with zeros on the left, trim columns that hold nothing."""
-    rows = np.sort(rows, axis=1)
-    if rows.shape[1] > 1:
-        twice = (rows[:, 1:] == rows[:, :-1]) & (rows[:, 1:] != 0)
-        if twice.any():
-            rows[:, :-1][twice] = 0
-            rows.sort(axis=1)
-        used = rows.any(axis=0)
-        first = int(np.argmax(used)) if used.any() else rows.shape[1] - 1
-        rows = rows[:, first:]
-    return rows
+    if rows.shape[1] == 1:
+        return rows
+    rows = _sorted(rows)
+    twice = (rows[:, 1:] == rows[:, :-1]) & (rows[:, 1:] != 0)
+    if twice.any():
+        rows[:, :-1][twice] = 0
+        rows = _sorted(rows)
+    used = rows.any(axis=0)
+    first = int(np.argmax(used)) if used.any() else rows.shape[1] - 1
+    return rows[:, first:]
+
+
+def _sorted(rows: Ids) -> Ids:
+    """Rows sorted; a few columns are sorted by exchanges of whole columns, which is many times faster than row by row."""
+    width = rows.shape[1]
+    if width > 6:
+        return np.sort(rows, axis=1)
+    columns = list(rows.T)
+    for end in range(width - 1, 0, -1):
+        for k in range(end):
+            columns[k], columns[k + 1] = np.minimum(columns[k], columns[k + 1]), np.maximum(columns[k], columns[k + 1])
+    return np.stack(columns, axis=1)
 
 
 class LabelStore:
@@ -150,6 +162,9 @@ class LabelStore:
 
     def families_of(self, atoms: Ids) -> NDArray[np.int32]:
         """The family of each atom (unbound atoms)."""
+        first = self.family[atoms[:1]]
+        if bool((self.family[atoms] == first).all()):
+            return np.full(len(atoms), self.find_family(int(first[0])) if len(atoms) else 0, dtype=np.int32)
         raw, inverse = np.unique(self.family[atoms], return_inverse=True)
         return np.array([self.find_family(int(f)) for f in raw], dtype=np.int32)[inverse]
 
@@ -210,7 +225,7 @@ class LabelStore:
 
     def _resolve_composites(self, ids: Ids) -> Ids:
         k = -1 - ids
-        stale = np.unique(k[self._done_version[k] != self.version])
+        stale = k[self._done_version[k] != self.version]
         if stale.size:
             rows = self._table[stale]
             flat = self.resolve_ids(rows.ravel()).reshape(rows.shape)
@@ -276,6 +291,8 @@ class LabelStore:
 
     def atoms(self, ids: Ids) -> Ids:
         """The distinct atoms of these (resolved) labels, sorted."""
+        if ids.size and ids[0] > 0 and (len(ids) == 1 or bool((np.diff(ids) > 0).all())):
+            return ids
         found = np.unique(self.rows(ids)) if ids.size else ids
         return found[found != 0]
 
@@ -317,7 +334,8 @@ class LabelStore:
         """Bind atoms pairwise, the greater number to the smaller; families are joined."""
         low, high = np.minimum(a, b), np.maximum(a, b)
         self.bind[high] = low
-        for x, y in np.unique(np.stack([self.family[low], self.family[high]]), axis=1).T.tolist():
+        pairs = np.unique(self.family[low].astype(np.int64) << 32 | self.family[high])
+        for x, y in zip((pairs >> 32).tolist(), (pairs & 0xFFFFFFFF).tolist(), strict=True):
             x, y = self.find_family(x), self.find_family(y)
             self.parents[max(x, y)] = min(x, y)
         self.version += 1

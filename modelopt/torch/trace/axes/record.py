@@ -266,7 +266,8 @@ class Recorder(TorchDispatchMode):
         if self._leaf or MODULE_RULES.match(module) is not None:
             self._leaf += 1
 
-    def _leave_module(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+    def _leave_module(self, module: nn.Module, args: Any, *rest: Any) -> None:
+        kwargs, output = rest if len(rest) == 2 else ({}, *rest)  # torch leaves kwargs out where forward has raised
         if self._leaf:
             self._leaf -= 1
             rule = MODULE_RULES.match(module)
