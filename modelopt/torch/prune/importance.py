@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from modelopt.core.errors import CalibrationError, ConfigError
 from modelopt.core.registry import Registry
-from modelopt.torch.calibration.data import feed
+from modelopt.torch.calibration.data import TokenMask, feed
 from modelopt.torch.calibration.executor import run_forward
 
 _ROWS = 4096
@@ -132,18 +132,24 @@ def fpgm(model: nn.Module, axes: Any, data: Data) -> np.ndarray:
 
 @IMPORTANCE.register("activation")
 def activation(model: nn.Module, axes: Any, data: Data) -> np.ndarray:
-    """Return the L2 norm over tokens of each channel where layers with weights read it. Needs a forward loop."""
+    """Return the L2 norm over tokens of each channel where layers with weights read it; padding does not count.
+
+    Needs a forward loop.
+    """
     if data.forward_loop is None:
         raise CalibrationError(
             'The criterion "activation" needs data: pass config={"forward_loop": batches} (a callable or an iterable).'
         )
     sums: dict[tuple[str, int], Tensor] = {}
     wanted = _read_dims(model, axes)
-    handles = [model.get_submodule(name).register_forward_pre_hook(_observer(name, dims, sums)) for name, dims in wanted.items()]
+    masks: list[TokenMask] = []
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(_observer(name, dims, sums, masks)) for name, dims in wanted.items()
+    ]
     training = model.training
     model.eval()
     try:
-        if run_forward(model, data.forward_loop) == 0:
+        if run_forward(model, data.forward_loop, on_start=masks.append) == 0:
             raise CalibrationError("The forward loop did not run the model. Pass batches, or a callable that calls it.")
     finally:
         for handle in handles:
@@ -174,12 +180,16 @@ def _read_dims(model: nn.Module, axes: Any) -> dict[str, dict[int, Any]]:
     return found
 
 
-def _observer(name: str, dims: dict[int, Any], sums: dict[tuple[str, int], Tensor]) -> Callable[..., None]:
+def _observer(
+    name: str, dims: dict[int, Any], sums: dict[tuple[str, int], Tensor], masks: list[TokenMask]
+) -> Callable[..., None]:
     def observe(module: nn.Module, args: tuple[Any, ...]) -> None:
         x = args[0] if args and isinstance(args[0], Tensor) else None
         if x is None:
             return
         square = x.detach().float().square()
+        real = masks[-1].for_tensor(x) if masks else None
+        square = square if real is None else square * real
         for dim in dims:
             if x.dim() >= -dim:
                 rest = [d for d in range(x.dim()) if d != x.dim() + dim]

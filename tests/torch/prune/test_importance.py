@@ -47,6 +47,22 @@ def test_activation_is_the_norm_of_what_the_consumer_reads(net):
     )
 
 
+def test_padding_does_not_count():
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, pad_token_id=0)).eval()
+    ids = torch.arange(3, 11)[None]
+    axes = infer_axes(model, (), {"input_ids": ids, "use_cache": False})
+    mask = torch.ones(1, 12, dtype=torch.long)
+    mask[:, 8:] = 0
+    padded = {"input_ids": torch.cat([ids, torch.zeros(1, 4, dtype=torch.long)], 1), "attention_mask": mask, "use_cache": False}
+    plain = score_families(model, axes, "activation", Data(forward_loop=[{"input_ids": ids, "use_cache": False}]))
+    found = score_families(model, axes, "activation", Data(forward_loop=[padded]))
+    for name in plain:
+        np.testing.assert_allclose(found[name], plain[name], rtol=1e-4)
+
+
 def test_taylor_is_weight_times_gradient(net):
     model, axes = net
     x, y = torch.randn(7, 6), torch.randn(7, 3)

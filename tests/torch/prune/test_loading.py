@@ -1,4 +1,4 @@
-"""Pruned transformers models as directories: plain from_pretrained where one config describes them, our own loader where none does."""
+"""Pruned transformers models as directories: plain from_pretrained where one config describes them, else our own loader."""
 
 from __future__ import annotations
 
