@@ -21,6 +21,7 @@ from modelopt.torch.trace.axes.places import path_of, read, write
 from modelopt.torch.trace.axes.solve import Repair, solve
 
 _SHOWN = 4
+DESCRIBED = "The config describes the pruned model."
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,11 @@ class Changes:
     shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
     leaves: dict[Attr, int] = field(default_factory=dict, repr=False)
     config: str = ""
+
+    @property
+    def described(self) -> bool:
+        """Whether a model built from the new config has exactly these shapes."""
+        return self.config == DESCRIBED
 
     def __str__(self) -> str:
         rows = [f"{k}: {a} -> {b}" for k, (a, b) in [*self.attributes.items(), *self.shapes.items()]]
@@ -64,23 +70,26 @@ def apply(axes: Any, model: nn.Module, drop: Iterable[int]) -> Changes:
     kept = axes.kept(drop)
     cuts = {name: kept[name] for name in tensors if _changes(kept[name], axes.shapes[name])}
     shapes = {name: (axes.shapes[name], _new_shape(dims, axes.shapes[name])) for name, dims in cuts.items()}
-    config = _describe_by_config(model, axes, shapes, repair, values, places)
+    config = _describe_by_config(model, axes, cuts, repair, values, places)
     for name, dims in cuts.items():
-        _cut(tensors[name], dims)
+        tensors[name].grad = None
+        tensors[name].data = _cut(tensors[name], dims)
     for attr, value in values.items():
         write(model, attr, value)
     _settle(model)
-    return Changes({str(a): (places[a], v) for a, v in values.items()}, shapes, values, config)
+    # Every name of a tied tensor, because a loader may rebuild the structure before it ties.
+    named = {**shapes, **{alias: shapes[name] for alias, name in axes.aliases.items() if name in shapes}}
+    return Changes({str(a): (places[a], v) for a, v in values.items()}, named, values, config)
 
 
 def _describe_by_config(
-    model: nn.Module, axes: Any, shapes: Mapping[str, Any], repair: Repair, values: dict[Attr, int], places: dict[Attr, Any]
+    model: nn.Module, axes: Any, cuts: Mapping[str, Any], repair: Repair, values: dict[Attr, int], places: dict[Attr, Any]
 ) -> str:  # fmt: skip
     """Add to `values` what a config that describes the pruned model has; return what to tell about it."""
     known = {a: values.get(a, axes.provenance.values[a]) for a in repair.known}
-    new = {n: new for n, (_, new) in shapes.items()}
-    new.update({alias: new[name] for alias, name in axes.aliases.items() if name in new})
-    plan = plan_config(model, new, known)
+    cuts = {**cuts, **{alias: cuts[name] for alias, name in axes.aliases.items() if name in cuts}}
+    shapes = {n: _new_shape(dims, axes.shapes[axes.aliases.get(n, n)]) for n, dims in cuts.items()}
+    plan = plan_config(model, shapes, known, lambda name, old: _cut(old, cuts[name]) if name in cuts else old)
     if plan is None:
         return ""
     if plan.reason:
@@ -89,7 +98,7 @@ def _describe_by_config(
         now = read(model, attr)
         if now != value:
             values[attr], places[attr] = value, now
-    return "The config describes the pruned model."
+    return DESCRIBED
 
 
 def tensors_of(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
@@ -122,14 +131,13 @@ def _new_shape(dims: tuple[Any, ...], shape: tuple[int, ...]) -> tuple[int, ...]
 
 
 @torch.no_grad()
-def _cut(tensor: torch.Tensor, dims: tuple[Any, ...]) -> None:
+def _cut(tensor: torch.Tensor, dims: tuple[Any, ...]) -> torch.Tensor:
     data = tensor.data
     channels_last = data.dim() == 4 and not data.is_contiguous() and data.is_contiguous(memory_format=torch.channels_last)
     for k, kept in enumerate(dims):
         if kept is not None and len(kept) != data.shape[k]:
             data = data.index_select(k, torch.as_tensor(kept, device=data.device))
-    tensor.grad = None
-    tensor.data = data.contiguous(memory_format=torch.channels_last) if channels_last else data.contiguous()
+    return data.contiguous(memory_format=torch.channels_last) if channels_last else data.contiguous()
 
 
 def _settle(model: nn.Module) -> None:

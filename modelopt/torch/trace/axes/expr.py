@@ -184,13 +184,17 @@ def where(skip: int = 1) -> Where:
 
 
 class Recording:
-    """The equations and notes of one run of a model; the one that is entered last is the one that listens."""
+    """The equations and notes of one run of a model; the one that is entered last is the one that listens.
+
+    With `pins`, a size that is used as a number (a softmax scale, a divisor) gives an equation: it must not change.
+    """
 
     active: list[Recording] = []
 
-    def __init__(self) -> None:
+    def __init__(self, pins: bool = False) -> None:
+        self.pins = pins
         self.equations: dict[Equation, None] = {}
-        self.as_float: dict[Expr, Where] = {}
+        self.lost: dict[Expr, Where] = {}
 
     def __enter__(self) -> Recording:
         Recording.active.append(self)
@@ -224,13 +228,13 @@ class Tainted(int):
         return int.__hash__(self)
 
     def __reduce__(self) -> tuple[type, tuple[int]]:
-        return int, (int(self),)
+        return int, (number(self),)
 
     def __copy__(self) -> int:
-        return self if alive(self) else int(self)
+        return self if alive(self) else number(self)
 
     def __deepcopy__(self, memo: object) -> int:
-        return self if alive(self) else int(self)
+        return self if alive(self) else number(self)
 
     def __neg__(self) -> int:
         return 0 - self
@@ -241,17 +245,22 @@ class Tainted(int):
     def __ceil__(self) -> int:
         return self
 
-    def __truediv__(self, other: Any) -> Any:
-        self._note_float()
-        return int.__truediv__(self, other)
+    def __int__(self) -> int:
+        if alive(self):
+            self.home.lost.setdefault(self.expr, where(1))
+        return int.__int__(self)
 
     def __float__(self) -> float:
-        self._note_float()
+        as_number(self)
         return int.__float__(self)
 
-    def _note_float(self) -> None:
-        if alive(self):
-            self.home.as_float.setdefault(self.expr, where(2))
+    def __truediv__(self, other: Any) -> Any:
+        as_number(self)
+        return int.__truediv__(self, other)
+
+    def __rtruediv__(self, other: Any) -> Any:
+        as_number(self)
+        return int.__rtruediv__(self, other)
 
 
 def alive(value: object) -> bool:
@@ -261,13 +270,26 @@ def alive(value: object) -> bool:
 
 def expr_of(value: int) -> Expr:
     """Return the expression of an int, for a plain one the number itself."""
-    return value.expr if alive(value) else int(value)  # type: ignore[attr-defined]
+    return value.expr if alive(value) else number(value)  # type: ignore[attr-defined]
+
+
+def as_number(value: Any) -> None:
+    """Note that a size became a float: from there on it is not followed, so in a forward pass it must stay what it is."""
+    if alive(value):
+        value.home.lost.setdefault(value.expr, where(2))
+        if value.home.pins:
+            value.home.add(value.expr, "==", number(value), "used as a number")
+
+
+def number(value: int) -> int:
+    """The plain number of an int, without noting that it was asked for."""
+    return int.__int__(value)
 
 
 def plain(value: Any) -> Any:
     """Return `value` with every Tainted in it (inside tuples, lists and dicts too) made a plain int; itself if it has none."""
     if type(value) is Tainted:
-        return int(value)
+        return number(value)
     if isinstance(value, (tuple, list)) and not isinstance(value, torch.nn.Module):
         new = [plain(v) for v in value]
         if all(a is b for a, b in zip(new, value, strict=True)):
@@ -285,6 +307,8 @@ def _arithmetic(symbol: str, name: str, swapped: bool) -> Callable[[Any, Any], A
     def method(self: Tainted, other: Any, *modulus: Any) -> Any:
         result = plain_op(self, other, *modulus)
         if modulus or type(result) is not int:  # NotImplemented for floats, tensors and lists, a float for a negative power
+            if isinstance(other, float) or isinstance(result, float):
+                as_number(self)
             return result
         depth = 1 + max(self.depth, other.depth if type(other) is Tainted else 0)
         if depth > _DEPTH or not (alive(self) or alive(other)):

@@ -65,7 +65,7 @@ def _embedding(module: Any) -> Iterator[Row]:
 
 
 def _attention(module: Any) -> Iterator[Row]:
-    yield "embed_dim", "out_proj.weight", 0, 1
+    yield "embed_dim", "out_proj.weight", 1, 1
     yield "kdim", "k_proj_weight", 1, 1
     yield "vdim", "v_proj_weight", 1, 1
     if module._qkv_same_embed_dim:

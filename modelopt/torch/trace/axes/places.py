@@ -94,7 +94,8 @@ def _holder(model: Any, attr: Attr) -> tuple[Any, Any]:
     try:
         owner = resolve_owner(model, attr.owner)
         if attr.name:
-            owner.__dict__[attr.name]
+            if not is_config(owner):  # an optional attribute of a config may be missing: None
+                owner.__dict__[attr.name]
             return owner.__dict__, attr.name
         dict.__getitem__(owner, path_of(attr)[0])
         return owner, None
@@ -105,7 +106,7 @@ def _holder(model: Any, attr: Attr) -> tuple[Any, Any]:
 def read(model: Any, attr: Attr) -> Any:
     """The value of an attribute. Raises TraceError where there is none."""
     container, key = _holder(model, attr)
-    value = container if key is None else container[key]
+    value = container if key is None else container.get(key)
     for step in path_of(attr):
         value = value[step]
     return value
@@ -117,7 +118,7 @@ def write(model: Any, attr: Attr, value: int) -> None:
     if key is None:
         _replaced(container, path_of(attr), value)
     else:
-        dict.__setitem__(container, key, _replaced(container[key], path_of(attr), value))
+        dict.__setitem__(container, key, _replaced(container.get(key), path_of(attr), value))
 
 
 def _replaced(value: Any, path: tuple[Any, ...], new: int) -> Any:
@@ -135,12 +136,12 @@ def _replaced(value: Any, path: tuple[Any, ...], new: int) -> Any:
     return value
 
 
-def read_ints(model: nn.Module) -> dict[Attr, int]:
-    """Return every int attribute of the modules and configs of a model, as it is (tainted or not)."""
-    out: dict[Attr, int] = {}
+def read_numbers(model: nn.Module, kind: type = int) -> dict[Attr, Any]:
+    """Return every int (or float) attribute of the modules and configs of a model, as it is (tainted or not)."""
+    out: dict[Attr, Any] = {}
 
     def visit(value: Any, owner: str, name: str, path: tuple[Any, ...]) -> None:
-        if isinstance(value, int) and not isinstance(value, bool):
+        if isinstance(value, kind) and not isinstance(value, bool):
             out[Attr(owner, name, path[0] if len(path) == 1 else path or None)] = value
         elif len(path) < DEPTH:
             items = enumerate(value) if isinstance(value, (tuple, list)) else value.items() if isinstance(value, dict) else ()

@@ -84,14 +84,14 @@ class Provenance:
     """Context manager: inside it the ints of `model` and the sizes of its tensors are traced.
 
     Enter it inside the recorder. Afterwards `equations` holds what the model's code asked of its sizes, `values` the original
-    value of each attribute, `as_float` the sizes that were used as a float (a softmax scale) and where.
+    value of each attribute, `lost` the sizes that became a float or went through int(), and where.
     """
 
     def __init__(self, model: nn.Module, recorder: Recorder):
         self.model = model
         self.standard: tuple[Standard, ...] = ()
         self.identities: tuple[Equation, ...] = ()
-        self._recording = Recording()
+        self._recording = Recording(pins=True)
         self._mode = SizeMode(recorder, self._recording)
         self._tainter = Tainter(self._recording)
         self._stack = ExitStack()
@@ -107,9 +107,9 @@ class Provenance:
         return self._tainter.values
 
     @property
-    def as_float(self) -> dict[Any, Where]:
-        """Expressions that the code turned into a float, which no equation can follow."""
-        return self._recording.as_float
+    def lost(self) -> dict[Any, Where]:
+        """Expressions that the code turned into a float or a fresh int, which no equation can follow."""
+        return self._recording.lost
 
     def __enter__(self) -> Provenance:
         with self._stack as stack:

@@ -27,13 +27,20 @@ def relax(axes: Any, drop: Iterable[int], priority: Mapping[int, float] | None =
     left = frozenset(drop)
     reasons: list[str] = []
     for _ in range(_ROUNDS):
-        repair = solve(axes, left)
-        if not repair.unsatisfied:
+        bad = solve(axes, left).unsatisfied
+        if not bad:
             break
-        equation = repair.unsatisfied[0]
-        back = _give_back(system, equation, left, priority or {}) or left
-        reasons.append(_reason(axes, equation, back))
-        left -= back
+        touched: set[Attr | Size] = set()
+        for equation in bad:  # those that share nothing with what was repaired in this round are repaired in it too
+            near = _near(system, equation)
+            reach = {leaf for e in near for leaf in e.leaves()}
+            if touched & reach:
+                continue
+            touched |= reach
+            back = _give_back(system, equation, near, left, priority or {}) or (left if equation is bad[0] else frozenset())
+            if back:
+                reasons.append(_reason(axes, equation, back))
+                left -= back
     return left, tuple(reasons)
 
 
@@ -75,8 +82,10 @@ def _near(system: System, equation: Equation) -> list[Equation]:
     return list(out)
 
 
-def _give_back(system: System, equation: Equation, drop: frozenset[int], priority: Mapping[int, float]) -> frozenset[int]:
-    near = _near(system, equation)
+def _give_back(
+    system: System, equation: Equation, near: list[Equation], drop: frozenset[int], priority: Mapping[int, float]
+) -> frozenset[int]:  # fmt: skip
+    """The atoms to give back for one equation that cannot hold; none where it sees no dropped atom."""
     groups = _dropped_families(system, [equation], drop) or _dropped_families(system, near, drop)
     if not groups:
         return frozenset()
@@ -107,11 +116,14 @@ def _smallest(
     """The least share of at most two families with which the equation holds and less is broken near it; None if none does."""
     sizes = dict.fromkeys(s for e in near for s in e.leaves() if isinstance(s, Size))
     attrs = {a: system.originals[a] for e in near for a in e.leaves() if isinstance(a, Attr)}
-    before = _broken(near, system.counts(drop, sizes), attrs)
+    dead = system.dead(drop)
+    before = _broken(near, system.counts(dead, sizes), attrs)
     for back in itertools.islice(_offers(groups), _TRIALS):
-        broken = _broken(near, system.counts(drop - back, sizes), attrs)
+        dead[back] = False
+        broken = _broken(near, system.counts(dead, sizes), attrs)
+        dead[back] = True
         if equation not in broken and len(broken) < len(before):
-            return back
+            return frozenset(back)
     return None
 
 
@@ -120,12 +132,12 @@ def _broken(near: list[Equation], sizes: Values, attrs: dict[Attr, int]) -> list
     return [e for e in near if not e.holds(values)]
 
 
-def _offers(groups: list[list[int]]) -> Iterable[frozenset[int]]:
+def _offers(groups: list[list[int]]) -> Iterable[list[int]]:
     """Sets of atoms to give back, the smallest share of their families first."""
     single = sorted((n / len(g), k, n) for k, g in enumerate(groups[:4]) for n in _steps(len(g)))
     half = len(single) and _TRIALS // 2
     for _, k, n in single[:half]:
-        yield frozenset(groups[k][:n])
+        yield groups[k][:n]
     if len(groups) > 1:
         few = groups[:3]
         pairs = [
@@ -135,7 +147,7 @@ def _offers(groups: list[list[int]]) -> Iterable[frozenset[int]]:
             for m in _steps(len(few[j]), 16)
         ]
         for _, i, n, j, m in sorted(pairs):
-            yield frozenset(few[i][:n]) | frozenset(few[j][:m])
+            yield few[i][:n] + few[j][:m]
 
 
 def _steps(n: int, most: int = 96) -> list[int]:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from modelopt.torch.trace.axes.attention import multi_head_attention
-from modelopt.torch.trace.axes.expr import Expr, Misplaced, Recording, Size, Tainted, expr_of
+from modelopt.torch.trace.axes.expr import Expr, Misplaced, Recording, Size, Tainted, as_number, expr_of, number
 
 
 class Recorder(Protocol):
@@ -47,13 +47,22 @@ def _both(name: str) -> tuple[Any, ...]:
     return tuple(getattr(space, name, None) for space in (torch, torch.Tensor))
 
 
+_ARITHMETIC = frozenset(
+    {"add", "sub", "mul", "div", "truediv", "floordiv", "floor_divide", "true_divide", "divide", "multiply", "pow"}
+)
+
+
+def _is_arithmetic(func: Any) -> bool:
+    name = getattr(func, "__name__", "").strip("_")
+    return name in _ARITHMETIC or name[1:] in _ARITHMETIC  # radd, imul, ...
+
+
 class SizeMode(TorchFunctionMode):
     """Turns sizes into tainted ints and size arguments into equations of `recording`."""
 
     def __init__(self, recorder: Recorder, recording: Recording):
         super().__init__()
         self.recorder, self.recording = recorder, recording
-        self._inside = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -65,7 +74,12 @@ class SizeMode(TorchFunctionMode):
                 return result
         result = func(*args, **kwargs)
         handler = HANDLERS.get(func)
-        return result if handler is None else handler(self, args, kwargs, result)
+        if handler is not None:
+            return handler(self, args, kwargs, result)
+        for value in args:
+            if type(value) is Tainted and _is_arithmetic(func):
+                as_number(value)
+        return result
 
     # ---- what the handlers use
     def axes(self, tensor: torch.Tensor) -> Sequence[Any]:
@@ -194,9 +208,9 @@ def _times(mode: SizeMode, n: Any, inner: Expr, size: int, result: torch.Tensor,
     if isinstance(inner, int) and size == 1:
         mode.length(n, axis, result.shape[dim], "repeat")
     else:
-        mode.length(n, None, int(n), "repeat")
+        mode.length(n, None, number(n), "repeat")
         if axis is not None:
-            mode.recording.add(("*", int(n), inner), "==", Size(axis), "repeat")
+            mode.recording.add(("*", number(n), inner), "==", Size(axis), "repeat")
 
 
 @handles(*_both("repeat_interleave"))
@@ -291,7 +305,7 @@ def _bounds(mode: SizeMode, x: torch.Tensor, dim: int, part: slice) -> None:
     axis, n = mode.axes(x)[dim], x.shape[dim]
     step = 1 if part.step is None else part.step
     if step != 1 and axis is not None:
-        mode.recording.add(Misplaced(axis, int(part.start or 0), int(step)), "==", 0, "slice with a step")
+        mode.recording.add(Misplaced(axis, number(part.start or 0), number(step)), "==", 0, "slice with a step")
     for bound in (part.start, part.stop):
         if not isinstance(bound, int) or bound == 0:
             continue
@@ -299,13 +313,13 @@ def _bounds(mode: SizeMode, x: torch.Tensor, dim: int, part: slice) -> None:
         if axis is None:
             continue  # nothing is cut from this dim, and a bound beyond what is there is no error
         if step != 1:
-            mode.recording.add(expr, "==", int(bound), "slice with a step")
+            mode.recording.add(expr, "==", number(bound), "slice with a step")
         elif bound < 0:
             mode.recording.add(("-", 0, expr), "==", Size(axis, max(n + bound, 0), n), "slice")
         elif bound >= n:
             mode.recording.add(expr, ">=", Size(axis), "slice")
         else:
-            mode.recording.add(expr, "==", Size(axis, 0, int(bound)), "slice")
+            mode.recording.add(expr, "==", Size(axis, 0, number(bound)), "slice")
 
 
 # ---- layers that take a size or a number of groups
@@ -320,7 +334,7 @@ def _normalized(mode: SizeMode, args: Any, kwargs: Any, result: Any) -> Any:
 
 def _groups(mode: SizeMode, groups: Any, result: torch.Tensor, what: str) -> torch.Tensor:
     if isinstance(groups, int) and groups > 1:
-        mode.length(groups, mode.recorder.last_groups, int(groups), what)
+        mode.length(groups, mode.recorder.last_groups, number(groups), what)
     return result
 
 

@@ -36,6 +36,7 @@ class System:
     def __init__(self, axes: Any):
         provenance = axes.provenance
         self.axes = axes
+        self._rows: dict[int, NDArray[np.int64] | None] = {}
         self.originals: dict[Attr, int] = dict(provenance.values)
         self.equations = [e for e in dict.fromkeys(self._gather(axes, provenance)) if self._sane(e)]
         self.sizes: tuple[Size, ...] = tuple(dict.fromkeys(s for e in self.equations for s in e.leaves() if isinstance(s, Size)))
@@ -76,20 +77,33 @@ class System:
                 return False
         return equation.holds(values)
 
-    def counts(self, drop: frozenset[int], sizes: Iterable[Size] | None = None) -> Values:
-        """The number of survivors of each Size once the atoms of `drop` are gone."""
-        survivors = self.axes.survivors(drop)
+    def dead(self, drop: Iterable[int]) -> NDArray[np.bool_]:
+        """The dropped atoms as a mask by atom."""
+        mask = np.zeros(self.axes.store.count, dtype=np.bool_)
+        mask[np.fromiter(drop, dtype=np.int64)] = True
+        return mask
+
+    def counts(self, dead: NDArray[np.bool_], sizes: Iterable[Size] | None = None) -> Values:
+        """The value of each Size once the atoms marked in `dead` are gone."""
         live: dict[int, NDArray[np.bool_]] = {}
         out: Values = {}
         for size in self.sizes if sizes is None else sizes:
-            if id(size.axis) not in live:
-                kept = survivors.of(size.axis)
-                mask = np.full(len(size.axis), kept is None, dtype=np.bool_)
-                if kept is not None:
-                    mask[kept] = True
-                live[id(size.axis)] = mask
-            out[size] = size.count(live[id(size.axis)])
+            key = id(size.axis)
+            if key not in live:
+                rows = self._rows_of(size.axis)
+                gone = np.zeros((len(size.axis), 1), np.bool_) if rows is None else dead[rows].reshape(len(rows), -1)
+                live[key] = np.logical_not(gone.any(axis=1))
+            out[size] = size.count(live[key])
         return out
+
+    def _rows_of(self, axis: Any) -> NDArray[np.int64] | None:
+        """The atoms of each position of an axis (one column where one is enough); None for an axis that is never pruned."""
+        if id(axis) not in self._rows:
+            resolved = self.axes.resolve(axis)
+            self._rows[id(axis)] = (
+                None if resolved is None else resolved.ids if not resolved.composite else self.axes.store.rows(resolved.ids)
+            )
+        return self._rows[id(axis)]
 
     def atoms(self, size: Size) -> list[int]:
         """The atoms that decide a size, in order."""
@@ -107,7 +121,7 @@ def system_of(axes: Any) -> System:
 def solve(axes: Any, drop: Iterable[int]) -> Repair:
     """Return the attribute values of the model without the atoms in `drop`, and the equations that cannot hold then."""
     system = system_of(axes)
-    values, known = solve_equations(system.equations, system.counts(frozenset(drop)), system.originals)
+    values, known = solve_equations(system.equations, system.counts(system.dead(drop)), system.originals)
     bad = tuple(e for e in system.equations if not e.holds(values))
     changed = {a: values[a] for a in system.originals if values[a] != system.originals[a]}
     return Repair(changed, bad, frozenset(known))
