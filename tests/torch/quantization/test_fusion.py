@@ -17,6 +17,7 @@ from modelopt.torch.quantization.backends.fp8_mlp import fp8_mlp
 from modelopt.torch.quantization.backends.fusion import FusedLayers
 from modelopt.torch.quantization.backends.gemm_registry import unregister_kernel
 from modelopt.torch.quantization.backends.graph_match import find_chains
+from modelopt.torch.trace import recursive_trace
 
 E4M3 = "e4m3[...]*f32"
 
@@ -173,6 +174,27 @@ def test_a_given_graph_may_span_modules():
         assert torch.equal(done.model(x), model(x)) and isinstance(done.model, fx.GraphModule)
         same = fuse(fx.GraphModule(model, graph))
         assert same.fused == done.fused and torch.equal(same.model(x), model(x))
+
+
+class Branching(Gated):
+    """A gated block whose code looks at values."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x if x.abs().sum() > 1e9 else super().forward(x)
+
+
+def test_the_recorded_graph_of_a_module_that_torch_fx_cannot_trace():
+    net = Net()
+    net.mlp = Branching(bias=True)
+    model, x = compressed(net)
+    wanted = model(x)
+    assert not [f for f in fuse(copy.deepcopy(model)).fused if f.names[0].startswith("mlp")]
+    graphs = recursive_trace(copy.deepcopy(model), dummy_input=x)
+    assert graphs.source("mlp") == "recorded"
+    done = fuse(model.mlp, graphs["mlp"])
+    assert [f.names for f in done.fused] == [("gate_proj", "up_proj", "down_proj")]
+    model.mlp = done.model
+    torch.testing.assert_close(model(x), wanted, rtol=0, atol=0.02 * float(wanted.abs().max()))
 
 
 def test_reasons_of_the_layers():
