@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from modelopt.core.errors import UnknownNameError, did_you_mean
+from modelopt.torch.trace.axes.kinds import kinds_of, link_experts
 from modelopt.torch.trace.axes.labels import Axis, Ids, LabelStore
 from modelopt.torch.trace.axes.record import ModuleCall, OpCall, Recorder, TensorRef, natural
 
@@ -51,6 +52,7 @@ class Family:
     slots: tuple[Slot, ...]
     tied: tuple[str, ...] = ()
     soft: str | None = None
+    least: int = 1
 
     @property
     def size(self) -> int:
@@ -94,6 +96,8 @@ class Axes:
     aliases: dict[str, str] = field(default_factory=dict, repr=False)
     output: Any = field(default=None, repr=False)
     provenance: Any = field(default=None, repr=False)
+    kinds: dict[int, str] = field(default_factory=dict, repr=False)
+    least: tuple[tuple[Axis, int], ...] = field(default=(), repr=False)
 
     @property
     def num_atoms(self) -> int:
@@ -252,6 +256,7 @@ def make_axes(recorder: Recorder, output: Any = None) -> Axes:
     """The result of a finished recording; outputs must have been frozen."""
     store = recorder.store
     original = {n: recorder.axes(t) for n, t in recorder.parameters.items()}
+    recorder.roles["experts"] = link_experts(store, [(a, m, s) for a, m, s, _ in recorder.chosen])
     _freeze_unused(store, original)
     resolved = {n: tuple([store.resolve(a) for a in axes]) for n, axes in original.items()}
     names = {alias: resolved[name] for alias, name in recorder.aliases.items()}
@@ -271,6 +276,8 @@ def make_axes(recorder: Recorder, output: Any = None) -> Axes:
         original=original,
         aliases=recorder.aliases,
         output=output,
+        kinds=kinds_of(store, recorder.roles),
+        least=tuple((a, n) for a, n in ((store.resolve(c[0]), c[3]) for c in recorder.chosen) if a is not None and n > 1),
     )
 
 
@@ -316,7 +323,14 @@ def _families(axes: Axes) -> list[Family]:
     taken: set[str] = set()
     for family in sorted(members, key=lambda f: (natural(slots[f][0].parameter), slots[f][0].dim, int(members[f][0]))):
         name = _name(axes, slots[family][0], members[family], taken)
-        made = Family(name, _kind(axes, slots[family]), tuple(members[family].tolist()), tuple(slots[family]))
+        atoms_of = members[family]
+        made = Family(
+            name,
+            axes.kinds.get(family, "channels"),
+            tuple(atoms_of.tolist()),
+            tuple(slots[family]),
+            least=max((n for a, n in axes.least if np.isin(store.atoms(a.ids), atoms_of).any()), default=1),
+        )
         for slot in made.slots:
             slot._family = made
         out.append(made)
@@ -335,7 +349,3 @@ def _name(axes: Axes, slot: Slot, atoms: Ids, taken: set[str]) -> str:
         name, k = f"{base}#{k}", k + 1
     taken.add(name)
     return name
-
-
-def _kind(axes: Axes, slots: list[Slot]) -> str:
-    return "channels"

@@ -10,7 +10,7 @@ import itertools
 import os
 import re
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -113,6 +113,8 @@ class Recorder(TorchDispatchMode):
         self.parameters, self.aliases = parameters_of(model), aliases_of(model)
         self.last_groups: Axis | None = None
         self.groups: dict[str, tuple[int, Axis | None]] = {}
+        self.roles: defaultdict[str, list[Axis]] = defaultdict(list)
+        self.chosen: list[tuple[Axis, str, bool, int]] = []
         self.unknown: Counter[str] = Counter()
         self.counts: Counter[str] = Counter()
         self.calls: list[ModuleCall] = []
@@ -133,6 +135,11 @@ class Recorder(TorchDispatchMode):
             self.parameter_names[id(tensor)] = name
             prunable = tensor.is_floating_point() or tensor.is_complex()
             self._mark(tensor, [self.store.fresh(n) if n > 1 and prunable else None for n in tensor.shape], static=True)
+
+    @property
+    def module(self) -> str:
+        """The name of the module that runs now."""
+        return self.stack[-1] if self.stack else ""
 
     # ------------------------------------------------------------------ labels of tensors
     def axes(self, tensor: torch.Tensor) -> tuple[Axis | None, ...]:
@@ -214,7 +221,7 @@ class Recorder(TorchDispatchMode):
             self._written(tensor, axes)
         if self.ops is not None:
             outs = tuple(self.ref(t) for t in tensors(out))
-            self.ops.append(OpCall(name, tuple(before), outs, self.stack[-1] if self.stack else "", user_line()))
+            self.ops.append(OpCall(name, tuple(before), outs, self.module, user_line()))
         return out
 
     def _apply(self, call: Call, rule: Rule | None, inputs: list[torch.Tensor]) -> None:
@@ -259,7 +266,7 @@ class Recorder(TorchDispatchMode):
 
     # ------------------------------------------------------------------ where we are
     def _site(self) -> tuple[str, str, str]:
-        return self._op, self.stack[-1] if self.stack else "", user_line()
+        return self._op, self.module, user_line()
 
     def _enter_module(self, module: nn.Module, args: Any) -> None:
         self.stack.append(self.names.get(id(module), ""))

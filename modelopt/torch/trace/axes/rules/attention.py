@@ -16,7 +16,7 @@ def attention(call: Call) -> Axes:
     query, key, value = call.args[:3]
     q, k, v = call.axes(query), call.axes(key), call.axes(value)
     rank = query.dim()
-    contract(call, q[-1], k[-1], query, key)
+    contract(call, q[-1], k[-1], query, key, None, None)
     call.unify(k[-2], v[-2])
     call.freeze(k[-2], "softmax over the keys")
     for d in range(rank - 2):

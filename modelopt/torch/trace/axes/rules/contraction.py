@@ -13,11 +13,17 @@ from modelopt.torch.trace.axes.rules.registry import Axes, Call, register_rule
 QK = "the width of a product of two activations (queries and keys)"
 
 
-def contract(call: Call, a: Axis | None, b: Axis | None, left: torch.Tensor, right: torch.Tensor) -> None:
-    """The contracted dimension; soft-frozen where neither operand is made of parameters."""
+def contract(
+    call: Call, a: Axis | None, b: Axis | None, left: torch.Tensor, right: torch.Tensor, rows: Axis | None, columns: Axis | None
+) -> None:
+    """The contracted dimension (what stays are rows of left, columns of right); soft-frozen where both are activations."""
     call.unify(a, b)
-    if not call.static(left) and not call.static(right):
+    fixed_left, fixed_right = call.static(left), call.static(right)
+    if not fixed_left and not fixed_right:
         call.freeze(a, QK, soft="qk")
+    elif fixed_left != fixed_right:
+        call.role("consumed", a)
+        call.role("produced", rows if fixed_left else columns)
 
 
 def add_bias(call: Call, bias: torch.Tensor, axes: Axes) -> None:
@@ -32,7 +38,7 @@ def add_bias(call: Call, bias: torch.Tensor, axes: Axes) -> None:
 def mm(call: Call) -> Axes:
     left, right = call.args[0], call.args[1]
     a, b = call.axes(left), call.axes(right)
-    contract(call, a[1], b[0], left, right)
+    contract(call, a[1], b[0], left, right, a[0], b[1])
     return [a[0], b[1]]
 
 
@@ -40,7 +46,7 @@ def mm(call: Call) -> Axes:
 def mv(call: Call) -> Axes:
     left, right = call.args[0], call.args[1]
     a, b = call.axes(left), call.axes(right)
-    contract(call, a[-1], b[0], left, right)
+    contract(call, a[-1], b[0], left, right, a[0] if len(a) > 1 else None, None)
     return a[:-1]
 
 
@@ -53,7 +59,7 @@ def outer(call: Call) -> Axes:
 def bmm(call: Call) -> Axes:
     left, right = call.args[0], call.args[1]
     a, b = call.axes(left), call.axes(right)
-    contract(call, a[2], b[1], left, right)
+    contract(call, a[2], b[1], left, right, a[1], b[2])
     call.unify(a[0], b[0])
     return [a[0], a[1], b[2]]
 
@@ -62,7 +68,7 @@ def bmm(call: Call) -> Axes:
 def addmm(call: Call) -> Axes:
     bias, left, right = call.args[:3]
     a, b = call.axes(left), call.axes(right)
-    contract(call, a[1], b[0], left, right)
+    contract(call, a[1], b[0], left, right, a[0], b[1])
     axes = [a[0], b[1]]
     add_bias(call, bias, axes)
     return axes
@@ -72,7 +78,7 @@ def addmm(call: Call) -> Axes:
 def addmv(call: Call) -> Axes:
     bias, left, right = call.args[:3]
     a, b = call.axes(left), call.axes(right)
-    contract(call, a[1], b[0], left, right)
+    contract(call, a[1], b[0], left, right, a[0], None)
     add_bias(call, bias, [a[0]])
     return [a[0]]
 
@@ -81,7 +87,7 @@ def addmv(call: Call) -> Axes:
 def baddbmm(call: Call) -> Axes:
     bias, left, right = call.args[:3]
     a, b = call.axes(left), call.axes(right)
-    contract(call, a[2], b[1], left, right)
+    contract(call, a[2], b[1], left, right, a[1], b[2])
     call.unify(a[0], b[0])
     axes = [a[0], a[1], b[2]]
     add_bias(call, bias, axes)
@@ -92,7 +98,7 @@ def baddbmm(call: Call) -> Axes:
 def linear(call: Call) -> Axes:
     source, weight, bias = call.args[0], call.args[1], call.arg(2, "bias")
     x, w = call.axes(source), call.axes(weight)
-    contract(call, x[-1], w[-1], source, weight)
+    contract(call, x[-1], w[-1], source, weight, None, w[0])
     axes = [*x[:-1], *w[:-1]]
     if bias is not None:
         add_bias(call, bias, axes)
@@ -103,7 +109,7 @@ def linear(call: Call) -> Axes:
 def matmul(call: Call) -> Axes:
     left, right = call.args[0], call.args[1]
     a, b = call.axes(left), call.axes(right)
-    contract(call, a[-1], b[-2] if len(b) > 1 else b[-1], left, right)
+    contract(call, a[-1], b[-2] if len(b) > 1 else b[-1], left, right, None, b[-1] if len(b) > 1 else None)
     batch: list[Axis | None] = [None] * max(len(a) - 2, len(b) - 2, 0)
     for axes in (a[:-2], b[:-2]):
         for k in range(1, len(axes) + 1):
@@ -119,10 +125,10 @@ def grouped_mm(call: Call) -> Axes | None:
     """Rows of a 2-D operand times one matrix per group; the groups are runs of rows that `offs` names."""
     left, right = call.args[0], call.args[1]
     a, b = call.axes(left), call.axes(right)
-    contract(call, a[-1], b[-2], left, right)
+    contract(call, a[-1], b[-2], left, right, None, b[-1])
     call.freeze(a[0], "rows are grouped by data")
     if right.dim() == 3:
-        call.freeze(b[0], "one matrix per group of rows", soft="experts")
+        call.choose(b[0], "one matrix per group of rows", stacked=True)
     if left.dim() == 2 and right.dim() == 3:
         axes: list[Axis | None] = [None, b[2]]
     elif left.dim() == 3 and right.dim() == 3:

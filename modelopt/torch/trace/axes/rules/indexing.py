@@ -40,8 +40,11 @@ def select(call: Call) -> Axes:
     axes = list(call.axes(source))
     if axes[dim] is not None:
         counted = slice(index, None) if index < 0 else slice(0, index + 1)
-        soft = "experts" if call.static(source) and source.dim() > 2 else None
-        call.freeze(algebra.take(call.store, axes[dim], counted), "one slice is selected by a fixed number", soft=soft)
+        text = "one slice is selected by a fixed number"
+        if call.static(source):
+            call.choose(axes[dim], text, stacked=True)
+        else:
+            call.freeze(algebra.take(call.store, axes[dim], counted), text)
     del axes[dim]
     return axes
 
@@ -67,8 +70,10 @@ def unbind(call: Call) -> None:
     source = call.args[0]
     dim = call.arg(1, "dim", 0) % source.dim()
     axes = list(call.axes(source))
-    soft = "experts" if call.static(source) and source.dim() > 2 else None
-    call.freeze(axes[dim], "unbound into a fixed number of tensors", soft=soft)
+    if call.static(source):
+        call.choose(axes[dim], "unbound into a fixed number of tensors", stacked=True)
+    else:
+        call.freeze(axes[dim], "unbound into a fixed number of tensors")
     del axes[dim]
     for out in call.out:
         call.set(out, axes)
@@ -78,6 +83,7 @@ def unbind(call: Call) -> None:
 def embedding(call: Call) -> Axes:
     weight, index = call.axes(call.args[0]), call.axes(call.args[1])
     call.freeze(weight[0], BY_DATA)
+    call.role("embedded", weight[1])
     return [*index, weight[1]]
 
 
@@ -95,7 +101,7 @@ def index_select(call: Call) -> Axes:
     axes = list(call.axes(call.args[0]))
     dim = call.arg(1, "dim") % max(len(axes), 1)
     if axes:
-        call.freeze(axes[dim], BY_DATA)
+        call.choose(axes[dim], BY_DATA, stacked=call.static(call.args[0]))
         axes[dim] = call.axes(call.args[2])[0] if call.args[2].dim() else None
     return axes
 
@@ -121,7 +127,7 @@ def index(call: Call) -> Axes:
         indexed += range(k, k + width)
         k += width
     for d in indexed:
-        call.freeze(axes[d], BY_DATA)
+        call.choose(axes[d], BY_DATA, stacked=call.static(source))
     rest = call.out.dim() - (len(axes) - len(indexed))
     new: list[object] = [None] * rest
     for tensor in replaced:
@@ -147,7 +153,7 @@ def gather(call: Call) -> Axes:
     dim %= max(len(axes), 1)
     for k in range(len(axes)):
         if k == dim:
-            call.freeze(axes[k], BY_DATA)
+            call.choose(axes[k], BY_DATA, stacked=call.static(source))
             axes[k] = index_axes[k]
         elif chosen.shape[k] == source.shape[k]:
             call.unify(axes[k], index_axes[k])
@@ -169,8 +175,10 @@ def order(call: Call) -> None:
             call.set(out, [])
         return
     axes = list(call.axes(source))
-    soft = "experts" if call.name == "aten::topk" else None
-    call.freeze(axes[dim], "ordered by value", soft=soft)
+    if call.name == "aten::topk":
+        call.choose(axes[dim], "ordered by value", least=int(call.args[1]))
+    else:
+        call.freeze(axes[dim], "ordered by value")
     axes[dim] = None
     for out in call.outputs():
         call.set(out, axes if out.dim() == len(axes) else [a for k, a in enumerate(axes) if k != dim % len(axes)])

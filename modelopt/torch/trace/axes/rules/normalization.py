@@ -49,6 +49,7 @@ def group_norm(call: Call) -> Axes:
     if groups > 1:
         group, _ = call.factor(axes[1], (groups, channels // groups))
         call.recorder.last_groups = group
+        call.role("groups", group)
         name = call.recorder.parameter_names.get(id(weight)) if weight is not None else None
         if name is not None:
             call.recorder.groups[name] = (groups, group)

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from modelopt.torch.trace.axes.rules.registry import Axes, Call, broadcast, register_rule
 
+ACTIVATIONS = {f"aten::{name}{end}" for end in ("", "_") for name in
+               ("relu", "gelu", "silu", "sigmoid", "tanh", "elu", "leaky_relu", "hardtanh", "hardswish", "mish", "softplus",
+                "erf", "_prelu_kernel", "log_sigmoid_forward", "celu", "selu")}  # fmt: skip
+
 
 @register_rule(
     "aten::add", "aten::sub", "aten::mul", "aten::div", "aten::where", "aten::clamp", "aten::pow", "aten::rsub", "aten::lerp",
@@ -16,7 +20,14 @@ def elementwise(call: Call) -> Axes | None:
     outputs = call.outputs()
     if not outputs:
         return None
-    axes = broadcast(call, call.inputs(), outputs[0])
+    operands = call.inputs()
+    axes = broadcast(call, operands, outputs[0])
+    if axes and axes[-1] is not None:
+        if call.name.startswith("aten::add") and len(operands) == 2:
+            if operands[0].shape == operands[1].shape and not any(call.static(t) for t in operands):
+                call.role("residual", axes[-1])
+        elif call.name in ACTIVATIONS:
+            call.role("activated", axes[-1])
     for other in outputs[1:]:
         call.set(other, axes if other.dim() == len(axes) else [None] * other.dim())
     return axes

@@ -48,5 +48,5 @@ def fold(call: Call) -> Axes:
 def softmax(call: Call) -> Axes:
     axes = call.axes(call.args[0])
     if axes:
-        call.freeze(axes[call.arg(1, "dim")], "softmax over this dimension", soft="experts")
+        call.choose(axes[call.arg(1, "dim")], "softmax over this dimension")
     return axes

@@ -106,6 +106,21 @@ class Call:
         if axis is not None and soft not in self.recorder.lift:
             self.store.freeze(axis, text, soft)
 
+    def choose(self, axis: Axis | None, text: str, *, stacked: bool = False, least: int = 1) -> None:
+        """Slices of this dimension are chosen by value: rows of a router, or (`stacked`) the weights of experts.
+
+        Kept, unless "experts" is lifted: then routers and stacks are joined at the end; at least `least` must survive.
+        """
+        if axis is not None and "experts" in self.recorder.lift:
+            self.recorder.chosen.append((axis, self.recorder.module, stacked, least))
+        else:
+            self.freeze(axis, text, soft="experts")
+
+    def role(self, role: str, axis: Axis | None) -> None:
+        """Note how a dimension is used, from which `kinds` reads what a family is."""
+        if axis is not None:
+            self.recorder.roles[role].append(axis)
+
     def freeze_all(self, axes: Iterable[Axis | None], text: str) -> None:
         """Keep these dimensions."""
         for axis in axes:
