@@ -233,6 +233,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--limit", type=int, default=90, help="CPU seconds per model")
     parser.add_argument("--json", type=Path, help="write the results here; rows of the same models that it holds are replaced")
+    parser.add_argument("--resume", action="store_true", help="leave out the models that the JSON file holds")
     parser.add_argument("--report", type=Path, nargs="+", help="do not run: tables of these result files")
     parser.add_argument("--markdown", type=Path, help="write the tables here instead of printing them")
     parser.add_argument("--time", action="store_true", help="cost on full-size models instead")
@@ -253,6 +254,9 @@ def main(argv: list[str] | None = None) -> None:
     rows: dict[str, Any] = {}
     if args.json and args.json.exists():
         rows = json.loads(args.json.read_text())["rows"]
+
+    if args.resume:
+        models = [m for m in models if "/".join(m) not in rows]
 
     def done(kind: str, name: str, row: dict[str, Any]) -> None:
         rows[f"{kind}/{name}"] = row

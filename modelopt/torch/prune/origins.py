@@ -171,7 +171,8 @@ def perturb(model: nn.Module, seed: int) -> None:
         if id(tensor) in seen or not (id(tensor) in parameters or statistic) or tensor.is_complex():
             continue
         seen.add(id(tensor))
-        noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+        noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float32)
         fan_in = max(1, tensor.numel() // max(1, tensor.shape[0])) if tensor.dim() > 1 else 1
         scale = 0.3 * fan_in**-0.5 if tensor.dim() > 1 else 0.05
-        tensor.data = tensor.data + scale * (noise.abs() if name.endswith("running_var") else noise)
+        noise = noise.abs() if name.endswith("running_var") else noise
+        tensor.data = torch.add(tensor.data, noise, alpha=scale)

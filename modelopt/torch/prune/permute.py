@@ -39,11 +39,7 @@ def permutation_error(
 
 
 def _permutable(family: Any) -> bool:
-    for slot in family.slots:
-        counts = {len(np.atleast_1d(p)) for p in slot.positions}
-        if len(counts) > 1:
-            return False
-    return len(family.atoms) > 1
+    return len(family.atoms) > 1 and all(len(set(map(len, slot.positions))) == 1 for slot in family.slots)
 
 
 def _error(model: nn.Module, families: list[Any], run: Callable[[nn.Module], Any], before: list[Tensor]) -> float:
@@ -70,9 +66,8 @@ def _sources(family: Any, tensors: dict[str, Tensor], order: np.ndarray) -> Iter
     for slot in family.slots:
         tensor = tensors[slot.parameter]
         _, source = done.setdefault((id(tensor), slot.dim), (tensor, np.arange(tensor.shape[slot.dim])))
-        positions = [np.atleast_1d(p) for p in slot.positions]
-        for atom, other in enumerate(order):
-            source[positions[atom]] = positions[other]
+        positions = np.array(slot.positions)
+        source[positions] = positions[order]
     for (_, dim), (tensor, source) in done.items():
         yield tensor, dim, source
 
