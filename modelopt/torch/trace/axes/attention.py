@@ -5,7 +5,6 @@ Torch runs its own body where no mode looks; the same function in plain operatio
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -60,7 +59,7 @@ def multi_head_attention(
     if padding is not None:
         padding = padding.reshape(batch, 1, 1, source)
         mask = padding if mask is None else mask + padding
-    scores = (q * math.sqrt(1.0 / head_dim)) @ k.transpose(-2, -1)
+    scores = (q * head_dim**-0.5) @ k.transpose(-2, -1)
     attention = F.softmax(scores if mask is None else scores + mask, dim=-1)
     out = (attention @ v).permute(2, 0, 1, 3).reshape(target, batch, embed_dim)
     out = F.linear(out, out_proj_weight, out_proj_bias)

@@ -272,7 +272,7 @@ def _narrow(mode: SizeMode, args: Any, kwargs: Any, result: Any) -> Any:
     names = ("dim", "start", "length")
     dim, start, length = (args[k + 1] if len(args) > k + 1 else kwargs[n] for k, n in enumerate(names))
     if isinstance(start, int) and isinstance(length, int):
-        _bounds(mode, args[0], dim, slice(start, start + length))
+        _bounds(mode, args[0], dim, slice(start, start + length if start != 0 else length))
     return result
 
 
