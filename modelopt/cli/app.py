@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from modelopt import __version__
-from modelopt.cli import demo, evaluate, export, formats, inspect, plan, prune, quantize, run, verify
+from modelopt.cli import demo, evaluate, export, formats, inspect, plan, prune, quantize, run, trace, verify
 
 app = typer.Typer(
     add_completion=False,
@@ -19,6 +19,7 @@ app = typer.Typer(
 for _name, _command, _example in (
     ("quantize", quantize.quantize, "modelopt quantize ./SmolLM2 --format nvfp4 --kv-cache fp8 --out ./SmolLM2-nvfp4"),
     ("prune", prune.prune, "modelopt prune ./SmolLM2 --ratio ffn=0.25 --importance activation --out ./SmolLM2-small"),
+    ("trace", trace.trace, "modelopt trace ./SmolLM2 --svg smollm2.svg"),
     ("plan", plan.plan, "modelopt plan ./SmolLM2 --format int4-g64"),
     ("eval", evaluate.evaluate, "modelopt eval ./SmolLM2-nvfp4 --against ./SmolLM2"),
     ("inspect", inspect.inspect, "modelopt inspect ./SmolLM2-nvfp4"),

@@ -84,6 +84,13 @@ def open_source(name: str) -> Source:
     return Source(name, directory, read_json(directory / "config.json"), tensors)
 
 
+def open_config(directory: Path) -> Source:
+    """Read the configuration of a directory that may hold no weights. Raises CheckpointError if it has no config.json."""
+    if not (directory / "config.json").is_file():
+        raise CheckpointError(f"{directory} has no config.json; it is not a Hugging Face model directory.")
+    return Source(str(directory), directory, read_json(directory / "config.json"), {})
+
+
 def require_plain(source: Source) -> None:
     """Raise ModeError if the checkpoint is quantized already."""
     quantization = source.config.get("quantization_config")

@@ -1,4 +1,4 @@
-"""Run a model over calibration data: no gradients, masks published, the first inputs remembered.
+"""Run a model over calibration data: no gradients, masks published, the first inputs and shared inputs remembered.
 
 The shapes and types of the first forward's arguments are kept on the model (`input_spec`), so that it can be exported as a
 program later without being asked for an example.
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from modelopt.core.logging import Progress, null_progress
 from modelopt.torch.calibration.data import ForwardLoop, TokenMask, as_forward_loop, token_mask
+from modelopt.torch.trace.sharing import watch_inputs
 
 SPEC_KEY = "_modelopt_input_spec"
 
@@ -41,7 +42,7 @@ def run_forward(
     loop = as_forward_loop(forward_loop, progress)
     handle = model.register_forward_pre_hook(counted, with_kwargs=True)
     try:
-        with torch.no_grad(), token_mask(model) as tokens, recorded_inputs(model):
+        with torch.no_grad(), token_mask(model) as tokens, recorded_inputs(model), watch_inputs(model):
             if on_start is not None:
                 on_start(tokens)
             loop(model)

@@ -23,7 +23,7 @@ from modelopt.torch.opt import modelopt_state
 from modelopt.torch.quantization.nn.modules import QuantModule, SequentialQuantizer, TensorQuantizer
 from modelopt.torch.quantization.nn.modules.packed import PackedTensor
 from modelopt.torch.quantization.nn.modules.quant_module import QuantizedTensor
-from modelopt.torch.quantization.shared_scales import groups_of
+from modelopt.torch.quantization.shared_scales import fused_groups
 
 _KV = ("k_bmm_quantizer", "v_bmm_quantizer")
 
@@ -60,7 +60,7 @@ def collect(model: nn.Module, source: str | Path | None = None, cast: torch.dtyp
         config=config,
         kv=_kv_records(model),
         history=(modelopt_state(model),),
-        shared_inputs=groups_of(list(layers)),
+        shared_inputs=tuple(tuple(names.get(n, n) for n in g) for g in fused_groups(model, [r.name for r in records])),
         unquantized=_unquantized(model, consumed),
         unsupported=tuple(unsupported),
         tied=tied,

@@ -25,6 +25,7 @@ from modelopt.torch.quantization.presets import OFF_CLASSES, STANDARD_PATTERNS
 from modelopt.torch.quantization.quantizer_state import apply_structure, packed_of, structure_of
 from modelopt.torch.quantization.rules import warn_unknown_classes, warn_unmatched
 from modelopt.torch.quantization.validate import check
+from modelopt.torch.trace.sharing import KEY as SHARED_KEY
 
 
 class QuantizeMode(Mode):
@@ -50,6 +51,7 @@ class QuantizeMode(Mode):
             revert_quant_module(model)
             if not seen:
                 model.__dict__.pop(SPEC_KEY, None)
+                model.__dict__.pop(SHARED_KEY, None)
             raise
         return model
 

@@ -1,9 +1,10 @@
 """Layers that engines fuse into one matrix product share their input scale and their second-level weight scale.
 
-    q, k, v        gate, up        w1, w3        (names of siblings under one parent)
+    q, k, v        gate, up        w1, w3        (siblings under one parent that read one tensor)
 
 Engines compute fused layers with one scale. Sharing it in the model, at the end of calibration, makes the fake-quantized model
-and the exported one the same. The shared range is the largest of the group.
+and the exported one the same. The shared range is the largest of the group. Which layers read one tensor is what calibration saw
+(`trace.sharing`); the table of names speaks for layers that never ran, and tests hold it against the graph.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from modelopt.torch.quantization.nn.modules import QuantModule, TensorQuantizer
+from modelopt.torch.trace.sharing import seen_inputs
 
 SIBLINGS: tuple[tuple[str, ...], ...] = (
     ("q_proj", "k_proj", "v_proj"),
@@ -40,19 +42,32 @@ def groups_of(names: Iterable[str]) -> tuple[tuple[str, ...], ...]:
     return tuple(tuple(members) for members in found.values() if len(members) > 1)
 
 
+def fused_groups(model: nn.Module, names: Iterable[str]) -> tuple[tuple[str, ...], ...]:
+    """Return the groups among the layers `names` of `model`: those that read one tensor, by name only where nothing ran."""
+    names = list(names)
+    ran, groups = seen_inputs(model) or ((), ())
+    known = set(names)
+    seen = [tuple(n for n in group if n in known) for group in groups]
+    return tuple(group for group in [*seen, *groups_of(n for n in names if n not in set(ran))] if len(group) > 1)
+
+
 def share_scales(model: nn.Module) -> list[tuple[str, ...]]:
     """Give the quantizers of each group the group's largest range, in place; return the groups.
 
     Inputs: the range of static and two-level formats. Weights: the tensor-wide range of two-level formats only, because engines
     keep other weight scales apart. Groups whose members have different formats are left as they are.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantModule)}
-    groups = groups_of(layers)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, QuantModule) and _quantizes(module)}
+    groups = fused_groups(model, layers)
     for group in groups:
         modules = [layers[name] for name in group]
         _share([getattr(m, "input_quantizer", None) for m in modules])
         _share_weights(modules)
     return list(groups)
+
+
+def _quantizes(module: QuantModule) -> bool:
+    return any(isinstance(q, TensorQuantizer) and q.is_enabled for q in module.children())
 
 
 def _share_weights(modules: list[QuantModule]) -> None:

@@ -14,6 +14,7 @@ _WHERE = {
     "dependencies": "GraphDependencyProcessor NodeProcessor Map",
     "analyzer": "analyze_symbols Analyzer",
     "axes": "Axes Family infer_axes",
+    "sharing": "shared_inputs",
 }
 _NAMES = {name: module for module, names in _WHERE.items() for name in names.split()}
 _SUBMODULES = ("axes", "inputs", "modules", "plugins", "tracer")

@@ -283,6 +283,10 @@ class GraphCollection:
         self[module]
         return self._graphs[module][1]
 
+    def module(self, name: str = "") -> nn.Module:
+        """Return the submodule of a dotted name ("" is the model). Raises UnknownNameError, with the nearest name."""
+        return self._resolve(name)
+
     def name_of(self, module: nn.Module) -> str:
         """Return the (first) dotted name of a module of the model; the root is the empty name."""
         for name, known in self._names.items():
