@@ -51,7 +51,7 @@ def quantized_linear(
 
 
 def explain_linear(x: Tensor, weight: Sequence[Tensor], weight_format: Format | str, n: int, input_format: str = "") -> str:
-    """Return the name of the kernel that would serve this product, or "reference: " and the reason."""
+    """Return the name of the path that would serve this product, or "reference: " or "dequantize: " and the reason."""
     if forced():
         return "reference: MODELOPT_KERNELS=reference"
     if not x.is_cuda:
@@ -63,7 +63,7 @@ def explain_linear(x: Tensor, weight: Sequence[Tensor], weight_format: Format | 
     if kernel is None:
         return "reference: Triton is not installed"
     reason = kernel.why_not(x, list(weight), fmt, n)
-    return f"reference: {reason}" if reason else kernel.route(x, fmt, n, input_format)
+    return f"dequantize: {reason}" if reason else kernel.route(x, fmt, n, input_format)
 
 
 def _run(

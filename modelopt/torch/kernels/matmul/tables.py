@@ -2,57 +2,77 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-NARROW_ROWS = 16  # rows of x up to which weights go straight to registers and x too
-WIDE_ROWS = 128  # rows of x up to which weights are unpacked inside the product
-CODES_ROWS = 65  # rows of x from which codes are multiplied with codes
+FEW_ROWS = {9: 8, 8: 16}  # rows of x up to which `skinny.cu` serves, by the major compute capability (8: all but Hopper)
+FEW_ALONE = 4  # rows of x from which it leaves Hopper's `broad.cu` what would have to be split along K
+TENS_ROWS = 128  # rows of x up to which `broad.cu` serves
+CODES_ROWS = 128  # rows of x above which codes are multiplied with codes
+EXPERT_ROWS = 16  # rows of x in all up to which the experts of a layer go through `skinny.cu`
 FAST_FP8 = True  # whether torch._scaled_mm may keep partial sums in the tensor cores' narrower accumulator
 
 
 @dataclass(frozen=True)
-class Config:
-    """A tile of BN rows of W times BM rows of x. K is dealt to PARTS warps of a program (narrow: all) and to SPLITS programs.
+class Skinny:
+    """`skinny.cu`: R tiles of 16 rows of W a warp; WR x WK warps a block, along rows and along K; `splits` blocks along K.
 
-    `registers` caps those of a thread (0: the compiler decides).
+    DEPTH stages of S steps are under way; `sums`: scales meet sums, not weights.
     """
+
+    R: int
+    WK: int
+    WR: int
+    S: int
+    DEPTH: int
+    splits: int = 1
+    sums: bool = True
+
+
+ALONG_K = (1, 2, 4, 7, 8, 14, 16)
+ALONG_ROWS = (1, 2, 4, 7, 8, 14)
+WARPS = {False: 14, True: 28}  # a multiprocessor's that hide the unpacking; True: scales meet the weights, twice the instructions
+STAGES = {
+    False: ((4, 2), (2, 2), (4, 1), (2, 1), (1, 2), (1, 1)),
+    True: ((4, 1), (2, 1), (1, 1)),
+}  # (S, DEPTH) to try in this order
+
+
+@dataclass(frozen=True)
+class Broad:
+    """`broad.cu`: blocks of 64 GROUPS rows of W and 8 NT of x; `splits` along K; DEPTH stages under way; `sums`: see Skinny."""
+
+    NT: int
+    GROUPS: int
+    DEPTH: int
+    splits: int = 1
+    sums: bool = True
+
+
+TILES = (2, 4, 6, 8, 12, 16)  # NT
+SUMS_TILES = 4  # NT up to which scales meet sums; registers are short above
+DEPTHS = (12, 8, 6, 4, 3)
+BLOCKS = {1: 1.5, 2: 0.75}  # blocks a multiprocessor, by GROUPS, that splits of K have to make up
+LONG = {4: 4, 8: 2}  # NT above which two groups share x, if rows are enough; by the bits of a code
+
+
+@dataclass(frozen=True)
+class Grouped:
+    """A tile of BM rows of x times BN rows of W, BK columns at a time, `stages` of them under way."""
 
     BM: int
     BN: int
-    SPLITS: int
-    PARTS: int
+    BK: int
     warps: int
-    registers: int = 0
+    stages: int
 
 
-def choose(how: str, m: int, n: int, steps: int, each: int, sums: bool, processors: int) -> Config:
-    """Return the configuration for `m` rows of x and `n` of W, and `steps` steps of K, each of 4 `each` columns.
-
-    `each` is 32 for codes of 4 bits and 16 for 8; `sums`: scales are applied to sums, not to weights.
-    """
-    few = n <= 64 * processors  # too few rows to fill the processors with whole rows: deal K to more warps or programs
-    eight = each == 16
-    if how == "wide":
-        bm = 32 if m <= 32 else 64
-        blocks = math.ceil(m / bm)
-        if few:
-            return Config(bm, 64, _splits(blocks, steps, 8 if eight else 4), 1, 4, 128 if eight else 0)
-        return Config(bm, 128, _splits(blocks, steps, 2 if eight else 1), 1, 8, 128 if eight else 0)
-    parts = 8 if few else 4
-    while steps % parts:
-        parts //= 2
-    if m <= 8:
-        return Config(8, 32 if sums and not few else 16, 1, parts, parts)
-    return Config(16, 32, _splits(1, steps, 2) if few and eight else 1, parts, parts)
-
-
-def _splits(blocks: int, steps: int, most: int) -> int:
-    """Return in how many parts to split K: at most `most`, fewer with several blocks of x, each of 4 steps or more."""
-    splits = max(most // blocks, 1)
-    while splits > 1 and steps < 4 * splits:
-        splits //= 2
-    return splits
+def grouped(rows: int, experts: int, size: int, codes: bool) -> Grouped:
+    """Return the tile for `rows` rows of x of `size` bytes a value, dealt to `experts`."""
+    each = rows / experts
+    bm = 16 if each <= 16 else 32 if each <= 32 else 64 if each <= 64 or size == 4 else 128
+    if codes:
+        return Grouped(bm, 128, 128, 8 if bm == 128 else 4, 4)
+    return Grouped(bm, 64 if size == 4 else 128, 64 if size == 2 else 32, 8 if bm == 128 else 4, 3)
 
 
 @dataclass(frozen=True)

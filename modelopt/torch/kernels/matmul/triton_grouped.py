@@ -1,0 +1,139 @@
+"""Products of sorted rows with the packed matrices of their experts, all experts in one launch.
+
+    y[i] = sx[i] (x[i] W_e^T) sw_e + b_e    for offsets[e] <= i < offsets[e + 1]
+
+    legend  T rows of x in all, E experts, N x K their matrices; BM rows x BN columns of y a program, BK columns of K a step
+
+A program finds its expert from the offsets, so the host need not know them: there are ceil(T / BM) + E rows of programs, and
+those left over return. Weights are decoded to the law's values (code times scale in float32, rounded to x's dtype), or, CODES,
+multiplied as they are. Any GPU that Triton serves, float16, bfloat16 and float32.
+"""
+
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, no-any-return"
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _values(code, zero, KIND: tl.constexpr):
+    """Return the float32 values of codes (uint8)."""
+    if KIND == "i8":
+        v = code.to(tl.int8, bitcast=True).to(tl.float32)
+    elif KIND == "e4m3":
+        c = code.to(tl.int32)
+        v = (((c & 0x7F) << 20) | ((c & 0x80) << 24)).to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120
+    elif KIND == "e2m1":
+        c = code.to(tl.int32)
+        v = (((c & 7) << 22) | ((c & 8) << 28)).to(tl.float32, bitcast=True) * 8.507059173023462e37  # 2^126
+    elif KIND == "u4":
+        v = (code.to(tl.int32) - zero).to(tl.float32)
+    else:
+        v = ((code.to(tl.int32) ^ 8) - 8).to(tl.float32)
+    return v
+
+
+@triton.jit
+def _per_group(pointer, row_n, k0, S_ROW, top, live, ROWS: tl.constexpr, G: tl.constexpr, BK: tl.constexpr, SCALE: tl.constexpr):
+    """Load what groups of a tile share, [BN, BK] or [BN, 1]: scales as float32, or (SCALE "zero") int32 zero points."""
+    BN: tl.constexpr = row_n.shape[0]
+    base = pointer + (row_n // ROWS).to(tl.int64)[:, None] * S_ROW
+    if G >= BK:
+        raw = tl.load(base + k0 // G, mask=live[:, None], other=0)
+    else:
+        at = k0 // G + tl.arange(0, BK // G)
+        raw = tl.load(base + at[None, :], mask=live[:, None] & (at < S_ROW)[None, :], other=0)
+    if SCALE == "zero":
+        s = raw.to(tl.int32)
+    elif SCALE == "e8m0":
+        c = raw.to(tl.int32)
+        s = tl.where(c == 0, 0x00400000, c << 23).to(tl.float32, bitcast=True)
+    elif SCALE == "e4m3":
+        s = ((raw.to(tl.int32) & 0x7F) << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36 * top
+    else:
+        s = raw.to(tl.float32)
+    if G < BK:
+        s = tl.broadcast_to(s[:, :, None], (BN, BK // G, G)).reshape(BN, BK)
+    return s
+
+
+@triton.jit
+def grouped(
+    x_ptr,
+    sx_ptr,
+    offsets_ptr,
+    w_ptr,
+    s_ptr,
+    z_ptr,
+    top_ptr,
+    bias_ptr,
+    y_ptr,
+    E,
+    N,
+    K,
+    S_ROW,
+    S_EXPERT,
+    EXPERTS: tl.constexpr,
+    KIND: tl.constexpr,
+    SCALE: tl.constexpr,
+    ROWS: tl.constexpr,
+    G: tl.constexpr,
+    CODES: tl.constexpr,
+    SX: tl.constexpr,
+    BIAS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+):
+    tile, n0 = tl.program_id(1), tl.program_id(0) * BN
+    experts = tl.arange(0, EXPERTS)
+    begins = tl.load(offsets_ptr + experts, mask=experts < E, other=0).to(tl.int32)
+    ends = tl.load(offsets_ptr + experts + 1, mask=experts < E, other=0).to(tl.int32)
+    tiles = (ends - begins + BM - 1) // BM
+    done = tl.cumsum(tiles, 0)
+    e = tl.sum((done <= tile).to(tl.int32), 0)
+    if e >= E:
+        return
+    first = tl.sum(tl.where(experts == e, begins, 0), 0)
+    last = tl.sum(tl.where(experts == e, ends, 0), 0)
+    first += (tile - tl.sum(tl.where(experts < e, tiles, 0), 0)) * BM
+    m, n = first + tl.arange(0, BM), n0 + tl.arange(0, BN)
+    row_n = tl.minimum(n, N - 1)
+    live = n < N
+    four: tl.constexpr = KIND == "i4" or KIND == "u4" or KIND == "e2m1"
+    per: tl.constexpr = 2 if four else 1
+    bytes_k = tl.arange(0, BK // per)
+    ks = tl.arange(0, BK)
+    x_ptrs = x_ptr + m.to(tl.int64)[:, None] * K + ks[None, :]
+    w_ptrs = w_ptr + e.to(tl.int64) * N * (K // per) + row_n.to(tl.int64)[:, None] * (K // per) + bytes_k[None, :]
+    s_ptr += e.to(tl.int64) * S_EXPERT
+    z_ptr += e.to(tl.int64) * S_EXPERT
+    top = tl.load(top_ptr + e).to(tl.float32) if SCALE == "e4m3" else 1.0
+    acc = tl.zeros((BM, BN), tl.int32 if CODES and KIND == "i8" else tl.float32)
+    for k0 in range(0, K, BK):
+        x = tl.load(x_ptrs + k0, mask=(m < last)[:, None] & (ks < K - k0)[None, :], other=0.0)
+        w = tl.load(w_ptrs + k0 // per, mask=(bytes_k < (K - k0) // per)[None, :], other=0)
+        if CODES:
+            if KIND == "i8":
+                acc = tl.dot(x, w.to(tl.int8, bitcast=True).T, acc, out_dtype=tl.int32)
+            else:
+                acc = tl.dot(x, w.to(tl.float8e4nv, bitcast=True).T, acc)
+        else:
+            if four:
+                w = tl.join(w & 15, w >> 4).reshape(BN, BK)
+            zero = 0
+            if KIND == "u4":
+                zero = _per_group(z_ptr, row_n, k0, S_ROW, top, live, ROWS, G, BK, "zero")
+            values = _values(w, zero, KIND)
+            values = values * _per_group(s_ptr, row_n, k0, S_ROW, top, live, ROWS, G, BK, SCALE)
+            acc = tl.dot(x, values.to(x.dtype).T, acc, input_precision="ieee")
+    y = acc.to(tl.float32)
+    if CODES:
+        y = y * tl.load(s_ptr + row_n // ROWS).to(tl.float32)[None, :]
+    if SX:
+        y = y * tl.load(sx_ptr + m, mask=m < last, other=0.0)[:, None]
+    if BIAS:
+        y = y + tl.load(bias_ptr + e.to(tl.int64) * N + row_n).to(tl.float32)[None, :]
+    to = y_ptr + m.to(tl.int64)[:, None] * N + n[None, :]
+    tl.store(to, y.to(y_ptr.dtype.element_ty), mask=(m < last)[:, None] & live[None, :])
