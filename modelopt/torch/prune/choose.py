@@ -49,18 +49,18 @@ class Group:
         return [int(a) for order in self.order for a in order[: self.size - keep]]
 
 
-def make_groups(axes: Any, scores: Mapping[str, np.ndarray], config: StructuredConfig, floors: Mapping[str, int]) -> list[Group]:
+def make_groups(axes: Any, scores: Mapping[str, np.ndarray], config: StructuredConfig) -> list[Group]:
     """Gather the families that the configuration speaks of into groups.
 
-    `scores[family]`: [size] importance of each atom, higher is better. `floors[family]`: the least that must stay.
-    Raises ConfigError for a rule that matches no family.
+    `scores[family]`: [size] importance of each atom, higher is better. A family may say the least that it needs
+    (`least`: the experts that a router picks). Raises ConfigError for a rule that matches no family.
     """
     _check_rules(config, axes.families)
     together: dict[str, list[Any]] = {}
     roots = _tied_roots(axes)
     for family in axes.families:
         together.setdefault(roots[family.name], []).append(family)
-    made = (_group(members, scores, config, floors) for members in together.values())
+    made = (_group(members, scores, config) for members in together.values())
     return [group for group in made if group is not None]
 
 
@@ -83,7 +83,7 @@ def _tied_roots(axes: Any) -> dict[str, str]:
     return {name: find(name) for name in sizes}
 
 
-def _group(members: Sequence[Any], scores: Any, config: StructuredConfig, floors: Mapping[str, int]) -> Group | None:
+def _group(members: Sequence[Any], scores: Any, config: StructuredConfig) -> Group | None:
     size = members[0].size
     if any(f.size != size for f in members) or any(config.excludes(f) for f in members):
         return None
@@ -92,7 +92,7 @@ def _group(members: Sequence[Any], scores: Any, config: StructuredConfig, floors
         return None
     multiple = int(np.lcm.reduce([config.multiple(f.name, f.kind) for f in members]))
     share = min(shares) if shares else None
-    floor = max([1, *(floors.get(f.name, 1) for f in members)])
+    floor = max(f.least for f in members)
     if share is None:
         floor = max(floor, int(np.ceil(size * (1 - config.max_ratio) - 1e-9)))
     choices = tuple(k for k in range(multiple, size, multiple) if k >= floor)

@@ -163,7 +163,7 @@ def _plan_layers(task: Task) -> dict[str, list[int]]:
 
 def groups_of(task: Task, scores: Mapping[str, Any]) -> list[Group]:
     """Return the groups of families that the configuration lets go. Raises ConfigError where there are none."""
-    groups = make_groups(task.axes, scores, task.config, {})
+    groups = make_groups(task.axes, scores, task.config)
     if not groups:
         raise ConfigError(f"The model has no dimension that these rules can prune. {explain_frozen(task.axes)}")
     return groups

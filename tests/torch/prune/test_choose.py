@@ -19,6 +19,7 @@ class Family:
     size: int
     first: int
     slots: tuple = ()
+    least: int = 1
 
     @property
     def atoms(self) -> tuple[int, ...]:
@@ -52,7 +53,7 @@ def cost(drop: frozenset[int], name: str) -> float:
 
 def pick(axes: Axes = AXES, table=None, **fields):
     config = StructuredConfig.parse(fields)
-    groups = make_groups(axes, table or scores(axes), config, {})
+    groups = make_groups(axes, table or scores(axes), config)
     return choose(groups, config, cost)[0]
 
 
