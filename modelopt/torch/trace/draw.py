@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from html import escape
-from typing import Any
 
 from modelopt.core.errors import TraceError
 from modelopt.torch.trace.analyzer import Analyzer, analyze_symbols
@@ -84,7 +83,7 @@ def draw(graphs: GraphCollection, analyzer: Analyzer | None = None, *, module: s
     analyzer = analyzer or analyze_symbols(graphs.root, graphs)
     legend = patterns(analyzer)
     nodes, lines, width, height = arrange(build(graphs, module, depth))
-    painter = Painter(_paint(analyzer, legend))
+    painter = Painter(Paint(analyzer, legend))
     title = type(graphs.module(module)).__name__
     painter.scene(nodes, lines, MARGIN, MARGIN + 46)
     below = _legend(painter, list(legend.values()), analyzer, width + 2 * MARGIN + 10, MARGIN + 46)
@@ -108,35 +107,51 @@ def _subtitle(module: str, count: int) -> str:
     return f"{where}{text} parameters. Stripes are families of dimensions: above what enters, below what leaves."
 
 
-def _paint(analyzer: Analyzer, legend: dict[str, Pattern]) -> Any:
-    memo: dict[tuple[str, str], list[str]] = {}
+class Paint:
+    """Answers which colours a module shows: on top ("in") those of what comes in, below ("out") those of what goes out."""
 
-    def colours(symbol: Symbol) -> list[str]:
-        found = []
-        for source in symbol.sources:
-            key = pattern_of(source.family or analyzer.name_of(source)) if not source.is_constant else ""
-            found.append(legend[key].colour if key in legend else GREY)
-        return list(dict.fromkeys(found))
+    def __init__(self, analyzer: Analyzer, legend: dict[str, Pattern]) -> None:
+        self.analyzer, self.legend = analyzer, legend
+        self.memo: dict[tuple[str, str], list[str]] = {}
+        axes = analyzer.axes
+        self.calls = {} if axes is None else {c.name: c for c in reversed(axes.calls)}
+        self.family_of = {} if axes is None else {atom: f.name for f in axes.families for atom in f.atoms}
 
-    def paint(name: str, side: str) -> list[str]:
-        if (name, side) not in memo:
-            memo[name, side] = _colours(name, side)
-        return memo[name, side]
+    def __call__(self, name: str, side: str) -> list[str]:
+        """Return the colours of one side of a module, in order; none where the module has no sizes of its own."""
+        if (name, side) not in self.memo:
+            self.memo[name, side] = self._colours(name, side)
+        return self.memo[name, side]
 
-    def _colours(name: str, side: str) -> list[str]:
-        info = analyzer.sym_map.get_sym_info(name)
+    def _colours(self, name: str, side: str) -> list[str]:
+        info = self.analyzer.sym_map.get_sym_info(name)
         if info is None:
             return []
-        first = info.named_in_symbols if side == "in" else info.named_out_symbols
-        second = info.named_out_symbols if side == "in" and info.is_shape_preserving else info.named_in_symbols
-        shown = [s for _, s in first() if s.slots or s.elastic_dims]
-        if not shown and (side == "out" or info.is_shape_preserving):
-            shown = [s for _, s in second()] if info.is_shape_preserving else []
-        if not shown and not any(s.is_cross_layer for _, s in info.named_symbols()):
-            shown = [s for n, s in info.named_symbols()][:1]
-        return colours(shown[0]) if shown else []
+        shown = [s for _, s in (info.named_in_symbols() if side == "in" else info.named_out_symbols()) if s.slots]
+        if not shown and info.is_shape_preserving:
+            shown = [s for _, s in info.named_in_symbols()]
+        if shown:
+            return self._of_symbol(shown[0])
+        if not any(s.is_cross_layer and s.slots for _, s in info.named_symbols()) and name in self.calls:
+            return self._of_call(name, side)
+        return []
 
-    return paint
+    def _of_symbol(self, symbol: Symbol) -> list[str]:
+        names = ["" if s.is_constant else s.family or self.analyzer.name_of(s) for s in symbol.sources]
+        return self._of_names(names)
+
+    def _of_call(self, name: str, side: str) -> list[str]:
+        """A module without a rule: what the tensors say that it was called with."""
+        call, axes = self.calls[name], self.analyzer.axes
+        tensors = [t for t in (call.inputs if side == "in" else call.outputs) if t.dtype.is_floating_point and t.axes]
+        axis = axes.resolve(tensors[0].axes[-1]) if tensors else None
+        if axis is None:
+            return [GREY]
+        return self._of_names([self.family_of.get(int(a), "") for a in axes.store.atoms(axis.ids)])
+
+    def _of_names(self, names: list[str]) -> list[str]:
+        keys = dict.fromkeys(pattern_of(n) if n else "" for n in names)
+        return list(dict.fromkeys(self.legend[k].colour if k in self.legend else GREY for k in keys))
 
 
 def _legend(painter: Painter, rows: list[Pattern], analyzer: Analyzer, x: float, y: float) -> float:

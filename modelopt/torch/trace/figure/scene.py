@@ -85,7 +85,7 @@ class _Builder:
         if node.op == "placeholder":
             dtype = str(node.meta.get("dtype", "")).removeprefix("torch.")
             shape = f"{dtype}{list(node.meta['shape'])}" if "shape" in node.meta else ""
-            return Item("input", node.name, shape if top else "") if top or _carries_activations(node) else None
+            return Item("input", node.name, shape if top else "") if _carries_activations(node, top) else None
         if node.op == "output":
             return Item("output", "output")
         if node.op == "call_module":
@@ -116,13 +116,13 @@ class _Builder:
 
 
 def _main_inputs(node: fx.Node) -> list[fx.Node]:
-    """Return what a node reads, without what travels along: of several results of a module, those with the rank of the first."""
+    """Return what a node reads, without what travels along: later results of a module with more dimensions than the first."""
     given = node.all_input_nodes
     ranks = [len(n.meta["shape"]) for n in given if "shape" in n.meta]
     if node.op == "output" and ranks:
-        return [n for n in given if len(n.meta.get("shape", ())) == ranks[0]]
+        return [n for n in given if len(n.meta.get("shape", ())) <= ranks[0]]
     if node.op == "call_function" and node.target is operator.getitem and given and given[0].op == "call_module":
-        aside = node.args[1] != 0 and len(node.meta.get("shape", ())) != len(given[0].meta.get("shape", ()))
+        aside = node.args[1] != 0 and len(node.meta.get("shape", ())) > len(given[0].meta.get("shape", ()))
         return [] if aside else given
     return given
 
@@ -144,9 +144,9 @@ def _is_activation(node: fx.Node) -> bool:
     return dtype is not None and dtype.is_floating_point
 
 
-def _carries_activations(node: fx.Node) -> bool:
+def _carries_activations(node: fx.Node, top: bool) -> bool:
     side = ("position_embeddings", "cos", "sin", "mask", "attention_mask", "position_ids", "position_bias", "rotary")
-    return _is_activation(node) and bool(node.users) and not node.name.startswith(side)
+    return (top or _is_activation(node)) and bool(node.users) and not node.name.startswith(side)
 
 
 def _without_dead(scene: Scene) -> Scene:
