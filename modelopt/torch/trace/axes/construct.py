@@ -124,7 +124,6 @@ class _Construction:
         recording = Recording()
         tainter = Tainter(recording)
         trial = copy.deepcopy(config)
-        self.asked = _watched(trial)
         with recording:
             for path, part in list(configs(trial, name, set())):
                 tainter.taint_object(path, part)
@@ -287,7 +286,7 @@ def _with_optional(first: _Construction, build: Build, bad: list[tuple[int, int]
     GPT-2's inner width is `n_inner`, or four times the hidden size where that is None.
     """
     values = list(dict.fromkeys(old for old, _ in bad))[:_STEPS]
-    for key, value in itertools.product(sorted(k for k in first.asked if not k.startswith("_")), values):
+    for key, value in itertools.product(_asked(first.config, build), values):
         extra = {Attr(first.name, key): value}
         other = _variant(first, build, extra)
         if other is None or other.shapes != first.shapes:
@@ -296,8 +295,8 @@ def _with_optional(first: _Construction, build: Build, bad: list[tuple[int, int]
             yield other
 
 
-def _watched(config: Any) -> set[str]:
-    """A set that will hold the public attributes of `config` that code asks for and that are None or missing."""
+def _asked(config: Any, build: Build) -> list[str]:
+    """The public attributes of `config` that the constructor asks for and that are None or missing."""
     asked: set[str] = set()
     cls: Any = type(config)
 
@@ -311,14 +310,14 @@ def _watched(config: Any) -> set[str]:
             asked.add(name)
         return value
 
-    if isinstance(config, dict):
-        return asked
-    watcher = type(cls.__name__, (cls,), {"__getattribute__": watch, "__module__": cls.__module__})
+    watcher: Any = type(cls.__name__, (cls,), {"__getattribute__": watch, "__module__": cls.__module__})
     try:
-        config.__class__ = watcher
-    except TypeError:  # a class with another layout: nothing is known of what is asked
-        return asked
-    return asked
+        trial = watcher.__new__(watcher)
+        trial.__dict__.update(copy.deepcopy(config).__dict__)
+        _built(build, trial, _Sizes())
+    except _REFUSALS:  # a class that cannot be made like this, or a constructor that wants the very class: what is known is known
+        pass
+    return sorted(name for name in asked if not name.startswith("_"))
 
 
 def _with_lost(
