@@ -143,6 +143,8 @@ def plan_structured(task: Task) -> Plan:
     if not drop and not layers:
         raise ConfigError(_nothing(groups, config))
     drop, reasons = task.axes.relax(drop)
+    if not drop and not layers:
+        raise PruningError(f"The model's own code needs every size that would shrink. {'; '.join(reasons[:_SHOWN])}.")
     drop, reasons = _tighten(task.axes, groups, config, costs, drop, tuple(reasons))
     return finish(task, costs, drop, reasons, layers)
 

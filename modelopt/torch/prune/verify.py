@@ -147,6 +147,7 @@ class _Call:
 
     def run(self, model: nn.Module, mode: AbstractContextManager[Any] | None = None) -> Any:
         args, kwargs = copy.deepcopy(self.inputs)
+        model.train().eval()  # drops what some models derive from their parameters once and keep
         with _exact_arithmetic(), mode or Float64Mode(), torch.no_grad():
             torch.manual_seed(self.seed)
             return model(*args, **kwargs)

@@ -175,6 +175,27 @@ def test_refused_before_anything_is_changed(net, monkeypatch):
     unchanged(net, X, module_under_test.PruningError, "off by one", "structured", {"ratio": 0.5}, X)
 
 
+class Fixed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 4)
+
+    def forward(self, x):
+        return self.b(torch.relu(self.a(x)).view(-1, 16))
+
+
+def test_a_size_that_cannot_be_repaired_is_refused_with_its_line():
+    unchanged(
+        Fixed(),
+        X,
+        module_under_test.PruningError,
+        r"test_pruning.py:\d+: .*view\(-1, 16\)",
+        "structured",
+        {"ratio": 0.5},
+        torch.zeros(2, 8),
+    )
+
+
 def test_models_that_are_not_what_they_seem(net):
     wrapped = nn.DataParallel(copy.deepcopy(net))
     out, _ = prune(wrapped, "structured", {"ratio": 0.5}, X)
