@@ -30,7 +30,20 @@ def unify(store: LabelStore, a: Axis | None, b: Axis | None) -> None:
         store.freeze(a, f"lengths {len(a)} and {len(b)} meet here")
         store.freeze(b, f"lengths {len(a)} and {len(b)} meet here")
         return
-    unify_ids(store, a.ids, b.ids)
+    x, y = a.ids, b.ids
+    parts = None if a.composite or b.composite else _meeting(store, x, y)
+    unify_ids(store, x, y)
+    if parts is not None:
+        merged = store.resolve_ids(x)
+        alive = merged > 0
+        store.split_families(merged[alive], parts[alive])
+
+
+def _meeting(store: LabelStore, x: Ids, y: Ids) -> Ids | None:
+    """For each index a number of the pair of families that meet there; None where it is one pair throughout."""
+    left, right = store.family[x].astype(np.int64), store.family[y].astype(np.int64)
+    pairs = np.minimum(left, right) << 32 | np.maximum(left, right)
+    return None if bool((pairs == pairs[0]).all()) else pairs
 
 
 def unify_ids(store: LabelStore, x: Ids, y: Ids) -> None:

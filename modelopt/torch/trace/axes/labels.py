@@ -124,7 +124,7 @@ class LabelStore:
         self.bind: Ids = np.zeros(1024, dtype=np.int64)
         self.family = np.zeros(1024, dtype=np.int32)
         self.why = np.zeros(1024, dtype=np.int32)
-        self.parents: list[int] = [0]
+        self.num_families = 0
         self.reasons: list[Reason] = [Reason("")]
         self.site: Callable[[], tuple[str, str, str]] = lambda: ("", "", "")
         self._reason_ids: dict[Reason, int] = {}
@@ -151,22 +151,12 @@ class LabelStore:
         return self._intern((start, 1, count), None)
 
     def new_family(self) -> int:
-        self.parents.append(len(self.parents))
-        return len(self.parents) - 1
-
-    def find_family(self, family: int) -> int:
-        while self.parents[family] != family:
-            self.parents[family] = self.parents[self.parents[family]]
-            family = self.parents[family]
-        return family
+        self.num_families += 1
+        return self.num_families
 
     def families_of(self, atoms: Ids) -> NDArray[np.int32]:
-        """The family of each atom (unbound atoms)."""
-        first = self.family[atoms[:1]]
-        if bool((self.family[atoms] == first).all()):
-            return np.full(len(atoms), self.find_family(int(first[0])) if len(atoms) else 0, dtype=np.int32)
-        raw, inverse = np.unique(self.family[atoms], return_inverse=True)
-        return np.array([self.find_family(int(f)) for f in raw], dtype=np.int32)[inverse]
+        """The family of each (unbound) atom."""
+        return self.family[atoms]
 
     # ------------------------------------------------------------------ axes
     def axis(self, ids: Ids) -> Axis | None:
@@ -331,13 +321,8 @@ class LabelStore:
         return self.reasons[0]
 
     def merge(self, a: Ids, b: Ids) -> None:
-        """Bind atoms pairwise, the greater number to the smaller; families are joined."""
-        low, high = np.minimum(a, b), np.maximum(a, b)
-        self.bind[high] = low
-        pairs = np.unique(self.family[low].astype(np.int64) << 32 | self.family[high])
-        for x, y in zip((pairs >> 32).tolist(), (pairs & 0xFFFFFFFF).tolist(), strict=True):
-            x, y = self.find_family(x), self.find_family(y)
-            self.parents[max(x, y)] = min(x, y)
+        """Bind atoms pairwise, the greater number to the smaller, whose family they join."""
+        self.bind[np.maximum(a, b)] = np.minimum(a, b)
         self.version += 1
 
     def bind_to(self, atoms: Ids, labels: Ids) -> None:
@@ -358,6 +343,18 @@ class LabelStore:
         part = np.setdiff1d(self.atoms(axis.ids[inside]), rest, assume_unique=True)
         if not part.size or not rest.size:
             return
-        families = self.families_of(part)
-        for family in np.intersect1d(families, self.families_of(rest)).tolist():
+        families = self.family[part]
+        for family in np.intersect1d(families, self.family[rest]).tolist():
             self.family[part[families == family]] = self.new_family()
+
+    def split_families(self, atoms: Ids, keys: Ids) -> None:
+        """Atoms of one family that met different families (`keys`) fall apart into one family for each."""
+        order = np.argsort(atoms, kind="stable")
+        atoms, first = np.unique(atoms[order], return_index=True)
+        keys = keys[order][first]
+        families = self.family[atoms]
+        for family in np.unique(families).tolist():
+            mine = families == family
+            met = np.unique(keys[mine])
+            for key in met[1:].tolist():
+                self.family[atoms[mine & (keys == key)]] = self.new_family()

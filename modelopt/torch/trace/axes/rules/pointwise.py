@@ -79,5 +79,6 @@ def glu(call: Call) -> Axes:
     axes = list(call.axes(call.args[0]))
     dim = call.arg(1, "dim", -1) % len(axes)
     half = call.args[0].shape[dim] // 2
-    axes[dim] = call.factor(axes[dim], (2, half))[1] if axes[dim] is not None else None
+    side, axes[dim] = call.factor(axes[dim], (2, half))
+    call.freeze(side, "the two halves of a gated unit")
     return axes
