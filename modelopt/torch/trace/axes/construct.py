@@ -8,6 +8,7 @@ pruned shapes. No table of names.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import itertools
@@ -30,20 +31,13 @@ from modelopt.torch.trace.axes.solve import solve_equations
 _SHOWN = 4
 _TRIALS = 32
 _STEPS = 3
-_REFUSALS = (
-    TypeError,
-    ValueError,
-    RuntimeError,
-    AttributeError,
-    LookupError,
-    AssertionError,
-    ArithmeticError,
-    NameError,
-    OSError,
-)
 Shapes = dict[str, tuple[int, ...]]
 Build = Callable[[Any], nn.Module]
 Cut = Callable[[str, torch.Tensor], torch.Tensor]
+
+
+class _Refusal(Exception):
+    """What a foreign constructor or config raised; it becomes the reason of a plan that failed."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +63,8 @@ def plan_config(
     goal = _Goal(_shapes(model, shapes), known, _unsaved(model), cut)
     try:
         first = _Construction(name, config, build)
-    except _REFUSALS as error:
-        return ConfigPlan(reason=f"its constructor does not run without weights ({type(error).__name__}: {error})")
+    except _Refusal as error:
+        return ConfigPlan(reason=f"its constructor does not run without weights ({error})")
     if first.shapes != _shapes(model, {}):
         return ConfigPlan(
             reason=f"{type(model).__name__}(config) does not build this model, which was changed after it was built"
@@ -183,7 +177,9 @@ def _solved(
     for attr, expr in run.attributes.items():  # the run took numbers below two as constants
         if run.ints.get(attr, 2) < 2 and any(True for _ in leaves(expr)):
             equations.append(Equation(expr, "==", run.ints[attr], str(attr)))
-    equations += [e for e in run.equations if e.relation in ("==", "!=")]
+    for equation in run.equations:  # a size read from a tensor is a plain number here: only what compares two attributes counts
+        if equation.relation == "==" and (equation.right == 0 or any(True for _ in leaves(equation.right))):
+            equations.append(equation)
     values, _ = solve_equations(equations, {}, run.originals)
     bad = [e for e in equations if not e.holds(values)]
     if bad:
@@ -192,8 +188,8 @@ def _solved(
     changed = {a: v for a, v in values.items() if isinstance(a, Attr) and v != run.originals[a]}
     try:
         built = _rebuilt(run, build, changed)
-    except _REFUSALS as error:
-        return ConfigPlan(reason=f"the constructor refuses the config it would need ({type(error).__name__}: {error})"), []
+    except _Refusal as error:
+        return ConfigPlan(reason=f"the constructor refuses the config it would need ({error})"), []
     wrong = list(_differences(run, built, goal))
     if wrong:
         return ConfigPlan(reason=f"a model built from the nearest config has {'; '.join(wrong[:_SHOWN])}"), []
@@ -261,9 +257,12 @@ def _rebuilt(run: _Construction, build: Build, changed: Mapping[Attr, int]) -> n
         write(types.SimpleNamespace(**{run.name: trial}), attr, value)
     if hasattr(trial, "save_pretrained") and hasattr(type(trial), "from_pretrained") and not isinstance(trial, dict):
         attention = getattr(trial, "_attn_implementation", None)
-        with tempfile.TemporaryDirectory() as folder:
-            trial.save_pretrained(folder)
-            trial = type(trial).from_pretrained(folder)
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                trial.save_pretrained(folder)
+                trial = type(trial).from_pretrained(folder)
+        except Exception as error:
+            raise _Refusal(f"{type(error).__name__}: {error}") from error
         if attention is not None:
             trial._attn_implementation = attention
     return _built(build, trial, _Sizes())
@@ -271,13 +270,18 @@ def _rebuilt(run: _Construction, build: Build, changed: Mapping[Attr, int]) -> n
 
 def _built(build: Build, config: Any, sizes: _Sizes) -> nn.Module:
     """Run a constructor without memory for weights; where it mixes devices, on the meta device throughout."""
-    with torch.random.fork_rng(devices=[]):
-        try:
-            with sizes:
-                return build(config)
-        except _REFUSALS:
-            with torch.device("meta"), sizes:
-                return build(config)
+    try:
+        return _run(build, config, sizes, contextlib.nullcontext())
+    except _Refusal:
+        return _run(build, config, sizes, torch.device("meta"))
+
+
+def _run(build: Build, config: Any, sizes: _Sizes, device: Any) -> nn.Module:
+    try:
+        with torch.random.fork_rng(devices=[]), device, sizes:
+            return build(config)
+    except Exception as error:
+        raise _Refusal(f"{type(error).__name__}: {error}") from error
 
 
 def _with_optional(first: _Construction, build: Build, bad: list[tuple[int, int]]) -> Iterator[_Construction]:
@@ -311,12 +315,10 @@ def _asked(config: Any, build: Build) -> list[str]:
         return value
 
     watcher: Any = type(cls.__name__, (cls,), {"__getattribute__": watch, "__module__": cls.__module__})
-    try:
+    with contextlib.suppress(_Refusal, TypeError):  # a class that cannot be made so, a constructor that wants the very class
         trial = watcher.__new__(watcher)
         trial.__dict__.update(copy.deepcopy(config).__dict__)
         _built(build, trial, _Sizes())
-    except _REFUSALS:  # a class that cannot be made like this, or a constructor that wants the very class: what is known is known
-        pass
     return sorted(name for name in asked if not name.startswith("_"))
 
 
@@ -350,6 +352,7 @@ def _variant(first: _Construction, build: Build, extra: dict[Attr, int]) -> _Con
     for attr, value in extra.items():
         write(types.SimpleNamespace(**{first.name: trial}), attr, value)
     try:
-        return _Construction(first.name, trial, build, extra, first)
-    except _REFUSALS:
+        other = _Construction(first.name, trial, build, extra, first)
+    except _Refusal:
         return None
+    return other if other.shapes.keys() == first.shapes.keys() else None
