@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from modelopt.core.errors import UnknownNameError, did_you_mean
 from modelopt.torch.trace.axes.kinds import kinds_of, link_experts
-from modelopt.torch.trace.axes.labels import Axis, Ids, LabelStore
+from modelopt.torch.trace.axes.labels import Axis, Ids, LabelStore, canonical
 from modelopt.torch.trace.axes.record import ModuleCall, OpCall, Recorder, TensorRef, natural
 
 UNUSED = "nothing else depends on it: it was not computed with, or only looked up"
@@ -210,15 +210,17 @@ class Axes:
         return apply(self, model, drop)
 
     def positions(self, axis: Axis, family: Family) -> tuple[Ids, ...]:
-        """For each atom of a family, its positions in an axis."""
+        """For each atom of a family, its positions in an axis, those of like labels (but for the atom) in like order."""
         key = (axis, family.atoms)
         cache = self.__dict__.setdefault("_positions", {})
         if key not in cache:
-            where, atoms = self.incidence(axis)
+            rows = self.store.rows(axis.ids)
             mine = np.array(family.atoms, dtype=np.int64)
-            chosen = np.isin(atoms, mine)
-            where, atoms = where[chosen], atoms[chosen]
-            order = np.argsort(atoms, kind="stable")
+            where, column = np.nonzero(np.isin(rows, mine))
+            atoms = rows[where, column]
+            rest = rows[where]
+            rest[np.arange(len(where)), column] = 0
+            order = np.lexsort((where, *canonical(rest).T[::-1], atoms))
             where = where[order]
             bounds = np.searchsorted(atoms[order], mine)
             cache[key] = tuple(where[a:b] for a, b in zip(bounds, [*bounds[1:], len(where)], strict=True))

@@ -1,4 +1,4 @@
-"""infer_axes as a whole: compositions of ops, determinism, what it leaves behind, tied weights, real architectures, meta tensors."""
+"""infer_axes as a whole: compositions of ops, determinism, what it leaves behind, tied weights, meta tensors."""
 
 from __future__ import annotations
 
