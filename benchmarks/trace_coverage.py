@@ -1,16 +1,16 @@
 """How many architectures axis inference prunes exactly: half of every family removed, judged by the oracle.
 
-python -m benchmarks.trace_coverage --list zoo|further|all [--only PATTERN] [--jobs 1] [--json FILE] [--limit CPU_SECONDS]
-python -m benchmarks.trace_coverage --report FILE [FILE ...] [--markdown docs/trace_coverage.md]     tables from written results
-python -m benchmarks.trace_coverage --time                                                         cost on full-size models
+python -m benchmarks.trace_coverage --list zoo|further|all [--only PATTERN] [--jobs 1] [--json FILE [--resume]] [--limit CPU_SECONDS]
+python -m benchmarks.trace_coverage --report FILE [FILE ...] [--markdown docs/trace_coverage.md]       tables of results
+python -m benchmarks.trace_coverage --time [--json FILE]                                               full-size models
 
-Every model runs in a process of its own with a limit of CPU seconds. Its families are found on a real forward pass, a seeded half of
-each is dropped (no dimension is emptied), sizes that the model's own code cannot follow are given back, a copy is cut, and
+Every model runs in a process of its own with a limit of CPU seconds. Its families are found on a real forward pass, a seeded half
+of each is dropped (no dimension is emptied), sizes that the model's own code cannot follow are given back, a copy is cut, and
 `verify_pruning` compares it with the masked dense model in float64 and permutes every family.
 
     exact | differs (it runs and computes something else) | refused (nothing changed, with the reason) | noop | timeout | crash:<stage>
 
-timm, torchvision and diffusers are optional: `pip install -e .[hf,zoo]`; a model whose packages are missing is skipped, and said so.
+timm, torchvision and diffusers are optional (README of benchmarks/zoo); models whose packages are missing are skipped, and said so.
 """
 
 from __future__ import annotations
@@ -205,7 +205,8 @@ def preload(models: list[tuple[str, str]]) -> list[tuple[str, str]]:
         if absent:
             number = sum(k == kind for k, _ in models)
             print(
-                f"skipped: {number} models of {kind}, which need {', '.join(absent)}: pip install -e .[hf,zoo]", file=sys.stderr
+                f"skipped: {number} models of {kind}, which need {', '.join(absent)}: see benchmarks/zoo/README.md",
+                file=sys.stderr,
             )
             continue
         importlib.import_module(f"benchmarks.zoo.{BUILDERS[kind]}")

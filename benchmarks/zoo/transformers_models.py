@@ -99,7 +99,7 @@ def small_config(cls: Any, changes: dict[str, Any], kind: str) -> Any:
         current = base.__dict__.get(real)
         if (
             isinstance(current, bool)
-            or (current is None and key == "head_dim")
+            or (key == "head_dim" and real in base.__dict__ and current is None)
             or (isinstance(current, int) and isinstance(value, int) and current > value)
             or key in ("use_cache",)
             or real in base.__dict__

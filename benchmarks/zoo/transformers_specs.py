@@ -174,7 +174,20 @@ INPUTS: dict[str, Callable[[Any], dict[str, Any]]] = {
     "sam_vision_model": lambda c: dict(pixel_values=torch.randn(1, 3, 64, 64)),
     "kosmos-2": lambda c: dict(_dual(), image_embeds=None),
 }  # fmt: skip
+_TEXT = dict(
+    hidden_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    intermediate_size=128,
+    vocab_size=256,
+    max_position_embeddings=32,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+)
+_IMAGE = dict(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128, image_size=64, patch_size=16)
 SPECIAL: dict[str, dict[str, Any]] = {
+    "clip": dict(text_config=_TEXT, vision_config=_IMAGE, projection_dim=32), "siglip": dict(text_config=_TEXT, vision_config=_IMAGE),
     'albert': dict(embedding_size=32),
     'bamba': dict(mamba_n_heads=8, mamba_d_head=16, mamba_n_groups=1, mamba_d_state=8, mamba_expand=2, mamba_chunk_size=8, attn_layer_indices=[1]),
     'cohere2': dict(layer_types=['sliding_attention', 'full_attention'], sliding_window=8),

@@ -25,8 +25,11 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 NARROW = (torch.float32, torch.float16, torch.bfloat16)
-ALIASES = {"_unsafe_view", "unsafe_split", "unsafe_split_with_sizes", "lift_fresh", "_reshape_alias", "detach", "alias"}
-COPIES = {"clone", "_to_copy", "cumsum", "tril", "triu", "bernoulli", "native_dropout", "cumprod", "log_sigmoid_forward"}
+ALIASES = {"_unsafe_view", "unsafe_split", "unsafe_split_with_sizes", "lift_fresh", "_reshape_alias", "detach", "alias", "as_strided"}
+COPIES = {
+    "clone", "_to_copy", "cumsum", "tril", "triu", "bernoulli", "native_dropout", "cumprod", "log_sigmoid_forward", "masked_fill",
+    "_prelu_kernel", "hardswish", "linalg_solve_triangular",
+}  # fmt: skip
 LIKE = {"zeros_like", "ones_like", "empty_like", "rand_like", "randn_like", "full_like"}
 NO_DATA = {"new_zeros", "new_ones", "new_empty", "new_full", "new_empty_strided", "_local_scalar_dense", "equal", "nonzero"}
 MOVEMENT = re.compile(
@@ -238,6 +241,9 @@ class LiveMode(TorchDispatchMode):
         first, second = self.dead(args[0]).chunk(2, args[1] if len(args) > 1 else -1)
         return func(*args, **kwargs), [first | second]
 
+    def _weight_norm(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, list[Tensor | None]]:
+        return func(*args, **kwargs), [self._with_weight(self.dead(args[0]), args[1]), None]
+
     def _fft(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, list[Tensor | None]]:
         result, dead = func(*args, **kwargs), self.dead(args[0])
         for d in args[1]:
@@ -339,5 +345,5 @@ RULES |= {
 }
 RULES |= {"mean": LiveMode._mean, "native_layer_norm": LiveMode._layer_norm, "native_group_norm": LiveMode._group_norm}
 RULES |= {"_fused_rms_norm": LiveMode._rms_norm}
-RULES |= dict.fromkeys(("_fft_r2c", "_fft_c2r", "_fft_c2c"), LiveMode._fft) | {"glu": LiveMode._glu}
+RULES |= dict.fromkeys(("_fft_r2c", "_fft_c2r", "_fft_c2c"), LiveMode._fft) | {"glu": LiveMode._glu, "_weight_norm_interface": LiveMode._weight_norm}
 RULES |= dict.fromkeys(NO_DATA, LiveMode._no_data)
