@@ -1,6 +1,6 @@
 """How many architectures axis inference prunes exactly: half of every family removed, judged by the oracle.
 
-python -m benchmarks.trace_coverage --list zoo|further|all [--only PATTERN] [--jobs 1] [--json FILE [--resume]] [--limit CPU_SECONDS]
+python -m benchmarks.trace_coverage --list zoo|further|all [--only PATTERN] [--jobs 1] [--json FILE [--resume]] [--limit S]
 python -m benchmarks.trace_coverage --report FILE [FILE ...] [--markdown docs/trace_coverage.md]       tables of results
 python -m benchmarks.trace_coverage --time [--json FILE]                                               full-size models
 
@@ -8,9 +8,9 @@ Every model runs in a process of its own with a limit of CPU seconds. Its famili
 of each is dropped (no dimension is emptied), sizes that the model's own code cannot follow are given back, a copy is cut, and
 `verify_pruning` compares it with the masked dense model in float64 and permutes every family.
 
-    exact | differs (it runs and computes something else) | refused (nothing changed, with the reason) | noop | timeout | crash:<stage>
+    exact | differs (it runs, another function) | refused (nothing changed, with the reason) | noop | timeout | crash:<stage>
 
-timm, torchvision and diffusers are optional (README of benchmarks/zoo); models whose packages are missing are skipped, and said so.
+timm, torchvision and diffusers are optional (benchmarks/zoo/README.md): models whose packages are missing are skipped.
 """
 
 from __future__ import annotations

@@ -40,8 +40,8 @@ def line(name: str, rows: Rows) -> str:
 
 def table(rows: Rows) -> str:
     """Return the table by source."""
-    head = "| source | models | exact | differs | crash | refused | noop | timeout | parameters removed, median | trace and analysis, "
-    text = [head + "CPU s, median | root graph |", "|---|" + "---|" * 10]
+    head = "| source | models | exact | differs | crash | refused | noop | timeout | parameters removed, median "
+    text = [head + "| trace and analysis, CPU s, median | root graph |", "|---|" + "---|" * 10]
     for kind, source in SOURCES.items():
         part = {k: v for k, v in rows.items() if k.startswith(kind + "/")}
         text += [line(source, part)] if part else []
@@ -87,9 +87,9 @@ def markdown(paths: list[Path]) -> str:
 
 PAGE = """# Coverage of axis inference
 
-Half of every prunable family of dimensions is removed, at random, and the result is judged by `verify_pruning`: the pruned model against
-the dense model with the removed entries dead, in float64, and a permutation of every family. `exact` means that both hold to 1e-7.
-This page is written by `python -m benchmarks.trace_coverage --report benchmarks/results/trace_coverage_*.json --markdown
-docs/trace_coverage.md`; the commands in it repeat the measurements. Other pruners on the list of 186: Torch-Pruning 1.6.1 39 % exact,
-67 % of the parameters removed (median); NVIDIA ModelOpt 0.47 FastNAS 66 % exact, 23 % removed.
+Half of every prunable family of dimensions is removed, at random, and the result is judged by `verify_pruning`: the pruned model
+against the dense model with the removed entries dead, in float64, and a permutation of every family. `exact` means that both hold
+to 1e-7. The commands below repeat the measurements; the packages that they need are in `benchmarks/zoo/README.md`. Other pruners
+on the list of 186: Torch-Pruning 1.6.1 39 % exact, 67 % of the parameters removed (median); NVIDIA ModelOpt 0.47 FastNAS 66 %
+exact, 23 % removed.
 """

@@ -1,4 +1,4 @@
-"""CPU seconds and peak memory of axis inference on full-size models, each in a fresh process. See `benchmarks.trace_coverage --time`."""
+"""CPU seconds and peak memory of axis inference on full-size models, each in a fresh process (`trace_coverage --time`)."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from pathlib import Path
 
 TIMM = {"ResNet-50": "resnet50", "ViT-B/16": "vit_base_patch16_224", "DenseNet-121": "densenet121",
         "Swin-T": "swin_tiny_patch4_window7_224", "ConvNeXt-B": "convnext_base"}  # fmt: skip
-LLAMA = "LlamaConfig(hidden_size={}, intermediate_size={}, num_hidden_layers={}, num_attention_heads={}, num_key_value_heads=8, vocab_size=128256)"
-MIXTRAL = "MixtralConfig(hidden_size=6144, intermediate_size=16384, num_hidden_layers=56, num_attention_heads=48, num_key_value_heads=8, vocab_size=32768)"
+SIZES = "hidden_size={}, intermediate_size={}, num_hidden_layers={}, num_attention_heads={}, num_key_value_heads=8, vocab_size={}"
+LLAMA, MIXTRAL = f"LlamaConfig({SIZES})", f"MixtralConfig({SIZES})"
 CONFIGS = {
-    "Llama-3.1-8B, 32 layers, no weights": LLAMA.format(4096, 14336, 32, 32),
-    "70B (Llama-3.1), 80 layers, no weights": LLAMA.format(8192, 28672, 80, 64),
-    "Mixtral 8x22B, 56 layers, no weights": MIXTRAL,
+    "Llama-3.1-8B, 32 layers, no weights": LLAMA.format(4096, 14336, 32, 32, 128256),
+    "70B (Llama-3.1), 80 layers, no weights": LLAMA.format(8192, 28672, 80, 64, 128256),
+    "Mixtral 8x22B, 56 layers, no weights": MIXTRAL.format(6144, 16384, 56, 48, 32768),
 }
 PROBE = """
 import os, json, resource, time, warnings
@@ -31,7 +31,8 @@ memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 start = time.process_time()
 axes = infer_axes(model, *inputs)
 families = len(axes.families)
-print(json.dumps([time.process_time() - start, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, memory / 1024, families]))
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(json.dumps([time.process_time() - start, peak / 1024, memory / 1024, families]))
 """
 
 

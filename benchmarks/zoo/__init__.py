@@ -1,9 +1,9 @@
-"""A zoo of architectures with random weights: timm, torchvision, transformers and diffusers, small or as small as their code allows.
+"""A zoo of architectures with random weights: timm, torchvision, transformers, diffusers, as small as their code allows.
 
-    build("hf", "causal:llama") -> Example(model, args, kwargs)          names("zoo"): the 186          names("further"): the others
+    build("hf", "causal:llama") -> Example(model, args, kwargs)       names("zoo"): the 186          names("further"): the others
 
-`zoo.txt` is the list on which other pruners were measured; `further.txt` was chosen (one of each module of timm and of torchvision's
-families, and the model types of transformers) and frozen before anything of this repository had been run on it.
+`zoo.txt` is the list on which other pruners were measured; `further.txt` was chosen (one of each module of timm and of
+torchvision's families, and the model types of transformers) and frozen before anything of this repository had run on it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Models of diffusers with two blocks of 32 to 64 channels."""
 
-# ruff: noqa: C408, E501
+# ruff: noqa: C408
 from __future__ import annotations
 
 from collections.abc import Callable

@@ -1,8 +1,8 @@
 """Imports torchvision beside a CPU build of torch.
 
-The wheel of torchvision on PyPI is a CUDA build: without CUDA its library of operators does not load, and `import torchvision` dies in
-`register_fake("torchvision::nms")` (and with it timm, and half of transformers). Declaring the two operators first is enough for all
-that is Python; `nms`, `roi_align` and the like stay absent.
+The wheel of torchvision on PyPI is a CUDA build: without CUDA its library of operators does not load, and `import torchvision`
+dies in `register_fake("torchvision::nms")` (and with it timm, and half of transformers). Declaring the two operators first is
+enough for all that is Python; `nms`, `roi_align` and the like stay absent.
 """
 
 from __future__ import annotations

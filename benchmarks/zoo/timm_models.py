@@ -15,7 +15,6 @@ declare_torchvision_ops()
 
 import timm  # noqa: E402
 
-
 # Two blocks of a model that is only offered large.
 SHALLOW = {name: {"depth": 2} for name in ("deepseek_vit_412m", "gemma4_vit_167m", "qwen3_vit_88m", "aimv2_large_patch14_224",
            "beit3_base_patch16_224", "naflexvit_base_patch16_gap")} | {

@@ -1,7 +1,7 @@
 """Models of transformers from their configs, shrunk to two layers of width 64.
 
 A name is "class:model_type", where the class says which head: causal, mlm, s2s, img, oth (as the list of 186 has it) or auto: the
-first auto class that knows the type. Sub-configs are shrunk the same way. `transformers_specs.py` holds what a type needs beyond that.
+first auto class that knows the type. Sub-configs are shrunk the same way. `transformers_specs.py` holds what else a type needs.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def listed_config(head: str, kind: str) -> Any:
 
 
 def small_config(cls: Any, changes: dict[str, Any], kind: str) -> Any:
-    """Return a config of `cls` with the common sizes, the sub-configs shrunk too; `changes` come last (nested for sub-configs)."""
+    """Return a config of `cls` with the common sizes, sub-configs shrunk too; `changes` (nested for sub-configs) come last."""
     base = cls()
     aliases = getattr(cls, "attribute_map", {})
     common = COMMON | EXPERTS | (VISION if "image_size" in base.__dict__ else {})

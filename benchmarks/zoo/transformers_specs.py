@@ -87,13 +87,12 @@ _CONVS = dict(
     vocab_size=32,
 )
 FURTHER: dict[str, dict[str, Any]] = {
-    **dict.fromkeys("axk1 axk2 bailing_hybrid deepseek_v32 minicpm3 mistral4 mistral_large4_text kimi_linear longcat_flash youtu "
-                    "glm_moe_dsa glm4_moe_lite".split(), _MLA),
-    **dict.fromkeys("hunyuan_v1_dense hunyuan_v1_moe ministral".split(), dict(head_dim=16)),
-    **dict.fromkeys("autoformer informer time_series_transformer".split(), _SERIES),
-    **dict.fromkeys("detr conditional_detr deformable_detr table-transformer".split(), _RESNET),
-    **dict.fromkeys("donut-swin maskformer-swin swin2sr".split(), _SWIN),
-    **dict.fromkeys("data2vec-audio wavlm unispeech unispeech-sat wav2vec2-conformer sew sew-d".split(), _CONVS),
+    **dict.fromkeys(["axk1", "axk2", "bailing_hybrid", "deepseek_v32", "minicpm3", "mistral4", "mistral_large4_text", "kimi_linear", "longcat_flash", "youtu", "glm_moe_dsa", "glm4_moe_lite"], _MLA),
+    **dict.fromkeys(["hunyuan_v1_dense", "hunyuan_v1_moe", "ministral"], dict(head_dim=16)),
+    **dict.fromkeys(["autoformer", "informer", "time_series_transformer"], _SERIES),
+    **dict.fromkeys(["detr", "conditional_detr", "deformable_detr", "table-transformer"], _RESNET),
+    **dict.fromkeys(["donut-swin", "maskformer-swin", "swin2sr"], _SWIN),
+    **dict.fromkeys(["data2vec-audio", "wavlm", "unispeech", "unispeech-sat", "wav2vec2-conformer", "sew", "sew-d"], _CONVS),
     "swin2sr": dict(_SWIN, embed_dim=24, depths=[1, 1], num_heads=[2, 2]),
     "dab-detr": dict(backbone_config=dict(_RESNET["backbone_config"], out_features=["stage4"])),
     "audio-spectrogram-transformer": dict(max_length=64, num_mel_bins=32),
@@ -157,9 +156,9 @@ def _codec(config: Any) -> dict[str, Any]:
 
 
 INPUTS: dict[str, Callable[[Any], dict[str, Any]]] = {
-    **dict.fromkeys("align altclip blip chinese_clip clipseg groupvit aimv2 bridgetower".split(), lambda c: _dual()),
-    **dict.fromkeys("autoformer informer time_series_transformer".split(), _series),
-    **dict.fromkeys("dac encodec mimi".split(), _codec),
+    **dict.fromkeys(["align", "altclip", "blip", "chinese_clip", "clipseg", "groupvit", "aimv2", "bridgetower"], lambda c: _dual()),
+    **dict.fromkeys(["autoformer", "informer", "time_series_transformer"], _series),
+    **dict.fromkeys(["dac", "encodec", "mimi"], _codec),
     "audio-spectrogram-transformer": lambda c: dict(input_values=torch.randn(1, 64, 32)),
     "patchtst": lambda c: dict(past_values=torch.randn(1, 32, 2)), "patchtsmixer": lambda c: dict(past_values=torch.randn(1, 32, 2)),
     "timesfm": lambda c: dict(past_values=[torch.randn(64)], freq=[0]), "timesfm2_5": lambda c: dict(past_values=[torch.randn(64)]),
