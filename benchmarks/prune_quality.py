@@ -116,7 +116,7 @@ def fashion(args: argparse.Namespace) -> list[dict[str, Any]]:
         "loss_func": lambda output, batch: nn.functional.cross_entropy(output, batch[1]),
     }
     for ratio in (0.25, 0.5, 0.75):
-        for criterion in CRITERIA:
+        for criterion in args.criteria:
             pruned, _ = prune(
                 copy.deepcopy(model), [("structured", {"importance": criterion})], {"ratio": ratio}, x[:1], config=data
             )
@@ -170,7 +170,7 @@ def smollm2_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
     call = {"input_ids": calibration[:1, :16], "use_cache": False}
     rows = []
     for ratio in args.ratios:
-        for criterion in CRITERIA:
+        for criterion in args.criteria:
             rules = {"importance": criterion, "ratio": {"ffn": ratio, "kv_heads": ratio}, "verify": False}
             pruned, _ = prune(copy.deepcopy(model), [("structured", rules)], {}, call, config=data)
             row = {"task": "smollm2", "criterion": criterion, "params": num_parameters(pruned) / total}
@@ -193,6 +193,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=60, help="steps of recovery of the language model")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.1, 0.2, 0.3])
     parser.add_argument("--recover", nargs="+", default=["taylor", "activation"])
+    parser.add_argument("--criteria", nargs="+", default=list(CRITERIA))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args(argv)

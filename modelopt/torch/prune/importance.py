@@ -3,7 +3,7 @@
     l1, l2      sum |w|, sqrt(sum w^2) over every slice of every parameter that goes with the atom (DepGraph, arXiv 2301.12900)
     fpgm        distance of a filter to all others of its layer: sum_j ||w_i - w_j||                  (arXiv 1811.00250)
     activation  sqrt(sum over tokens x^2) of the channel where layers read it                         (Minitron, arXiv 2407.14679)
-    taylor      sum |w * dL/dw| over the slices                                                       (arXiv 1906.10771)
+    taylor      sum over batches of |w * dL/dw| over the slices                                                       (arXiv 1906.10771)
     random      a seeded permutation: the baseline that a criterion must beat
 
 A criterion is a function (model, axes, Data) -> [number of atoms] float64; `IMPORTANCE.register("name")` adds one.
@@ -202,17 +202,19 @@ def _observer(
 
 @IMPORTANCE.register("taylor")
 def taylor(model: nn.Module, axes: Any, data: Data) -> np.ndarray:
-    """Return the sum of |w * dL/dw| over all slices of each atom, the gradient accumulated over the batches."""
-    gradients = _gradients(model, data)
+    """Return the sum over batches of |w * dL/dw| over all slices of each atom.
+
+    The batches are not averaged before the absolute value: the mean gradient of a trained model is near zero.
+    """
+    effects = _effects(model, data)
     scores = np.zeros(axes.num_atoms)
     for name, parameter, dim, positions, atoms in places(model, axes):
-        if name in gradients:
-            effect = (parameter.detach().float() * gradients[name].float()).abs()
-            _spread(scores, _along(effect, dim), positions, atoms)
+        if name in effects:
+            _spread(scores, _along(effects[name], dim), positions, atoms)
     return scores
 
 
-def _gradients(model: nn.Module, data: Data) -> dict[str, Tensor]:
+def _effects(model: nn.Module, data: Data) -> dict[str, Tensor]:
     loader = data.data_loader if data.data_loader is not None else data.forward_loop
     if loader is None or callable(loader) or not isinstance(loader, Iterable):
         raise CalibrationError(
@@ -232,7 +234,8 @@ def _gradients(model: nn.Module, data: Data) -> dict[str, Tensor]:
             parts = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
             for name, part in zip(parameters, parts, strict=True):
                 if part is not None:
-                    total[name] = part.detach() if name not in total else total[name] + part.detach()
+                    effect = (part.detach().float() * parameters[name].detach().float()).abs_()
+                    total[name] = effect if name not in total else total[name].add_(effect)
             count += 1
             if data.num_batches is not None and count >= data.num_batches:
                 break
