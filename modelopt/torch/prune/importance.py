@@ -3,7 +3,7 @@
     l1, l2      sum |w|, sqrt(sum w^2) over every slice of every parameter that goes with the atom (DepGraph, arXiv 2301.12900)
     fpgm        distance of a filter to all others of its layer: sum_j ||w_i - w_j||                  (arXiv 1811.00250)
     activation  sqrt(sum over tokens x^2) of the channel where layers read it                         (Minitron, arXiv 2407.14679)
-    taylor      sum over batches of |w * dL/dw| over the slices                                                       (arXiv 1906.10771)
+    taylor      sum over batches of |w * dL/dw| over the slices                                      (arXiv 1906.10771)
     random      a seeded permutation: the baseline that a criterion must beat
 
 A criterion is a function (model, axes, Data) -> [number of atoms] float64; `IMPORTANCE.register("name")` adds one.
@@ -208,7 +208,7 @@ def taylor(model: nn.Module, axes: Any, data: Data) -> np.ndarray:
     """
     effects = _effects(model, data)
     scores = np.zeros(axes.num_atoms)
-    for name, parameter, dim, positions, atoms in places(model, axes):
+    for name, _, dim, positions, atoms in places(model, axes):
         if name in effects:
             _spread(scores, _along(effects[name], dim), positions, atoms)
     return scores
