@@ -330,7 +330,9 @@ def _with_lost(
     for _ in range(_STEPS):
         ratios = list(dict.fromkeys(Fraction(new, old) for old, new in bad if old and new != old))[:_STEPS]
         best: tuple[dict[Attr, int], list[tuple[int, int]]] | None = None
-        for leaf, ratio in itertools.product(first.lost[:_TRIALS], ratios):
+        sizes = {old for old, _ in bad}
+        unseen = [a for a, v in first.originals.items() if v in sizes]  # of tensors that were made in a way that is not followed
+        for leaf, ratio in itertools.product(list(dict.fromkeys([*first.lost, *unseen]))[:_TRIALS], ratios):
             value = first.originals[leaf] * ratio
             other = _variant(first, build, {**extra, leaf: int(value)}) if value.denominator == 1 and leaf not in extra else None
             if other is None:
