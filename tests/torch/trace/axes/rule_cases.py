@@ -239,5 +239,15 @@ CASES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], list[int]]] = {
         (2, 6),
         [8],
     ),
+    "overlapping_windows": (
+        lambda: Body(
+            lambda m, x: m.b((y := m.a(x)).as_strided((2, 3, 4, y.shape[-1]), (y.stride(0), 2 * y.stride(1), y.stride(1), 1))),
+            a=L(6, 8),
+            b=L(8, 3),
+        ),
+        (2, 8, 6),
+        [8],
+    ),
+    "hardswish": (lambda: seq(L(6, 8), nn.Hardswish(inplace=True), L(8, 3)), (2, 6), [8]),
     "prelu": (lambda: seq(L(6, 8), nn.PReLU(8), L(8, 3)), (2, 6), [8]),
 }

@@ -14,7 +14,9 @@ ACTIVATIONS = {f"aten::{name}{end}" for end in ("", "_") for name in
     "aten::addcmul", "aten::addcdiv", "aten::masked_fill", "aten::copy", "aten::polar", "aten::complex", "aten::isin",
     "aten::xlogy", "aten::max.other", "aten::min.other", "aten::rrelu_with_noise", "aten::_prelu_kernel",
     "aten::log_sigmoid_forward",
-    "aten::heaviside", "aten::bernoulli", "aten::dropout", "aten::native_dropout", "aten::isclose",
+    "aten::hardswish", "aten::threshold", "aten::prelu", "aten::floor_divide", "aten::_masked_scale", "aten::alpha_dropout",
+    "aten::_add_relu", "aten::real", "aten::imag", "aten::heaviside",
+    "aten::bernoulli", "aten::dropout", "aten::native_dropout", "aten::isclose",
 )  # fmt: skip
 def elementwise(call: Call) -> Axes | None:
     outputs = call.outputs()
@@ -38,7 +40,8 @@ def elementwise(call: Call) -> Axes | None:
     "aten::_conj", "aten::_neg_view", "aten::resolve_conj", "aten::resolve_neg", "aten::fill", "aten::zero", "aten::positive",
     "aten::tril", "aten::triu", "aten::zeros_like", "aten::ones_like", "aten::full_like", "aten::empty_like", "aten::rand_like",
     "aten::randn_like", "aten::randint_like", "aten::nan_to_num", "aten::normal", "aten::uniform", "aten::random",
-    "aten::exponential", "aten::_to_dense", "aten::to_dense", "aten::view.dtype", "aten::_reshape_alias_like",
+    "aten::exponential", "aten::cauchy", "aten::geometric", "aten::log_normal", "aten::pin_memory",
+    "aten::conj", "aten::_to_dense", "aten::to_dense", "aten::view.dtype", "aten::_reshape_alias_like",
 )  # fmt: skip
 def same(call: Call) -> Axes:
     """One operand, one result of its shape. tril and triu cut by position: their last two dimensions are kept."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from modelopt.torch.trace.axes import algebra
+from modelopt.torch.trace.axes.labels import Axis
 from modelopt.torch.trace.axes.rules.registry import Axes, Call, dims_of, register_rule
 
 BY_POSITION = "elements are chosen by their position in memory"
@@ -112,13 +113,26 @@ def roll(call: Call) -> Axes:
 
 @register_rule("aten::as_strided")
 def as_strided(call: Call) -> Axes:
-    """Safe where it only says again what the tensor is; anything else reads memory by position."""
+    """A dimension of the same size and stride is the same dimension if no other stride can carry into it; the rest is frozen."""
     source, out = call.args[0], call.out
-    axes = call.axes(source)
-    if source.shape == out.shape and source.stride() == out.stride() and source.storage_offset() == out.storage_offset():
-        return axes
-    call.freeze_all(axes, BY_POSITION)
-    return [None] * out.dim()
+    axes: list[Axis | None] = [None] * out.dim()
+    for k, axis in enumerate(call.axes(source)):
+        if axis is None:
+            continue
+        same = [j for j in range(out.dim()) if out.shape[j] == source.shape[k] and out.stride(j) == source.stride(k)]
+        if len(same) == 1 and source.storage_offset() == out.storage_offset() and _carries_nothing(out, same[0]):
+            axes[same[0]] = axis
+        else:
+            call.freeze(axis, BY_POSITION)
+    return axes
+
+
+def _carries_nothing(out: torch.Tensor, dim: int) -> bool:
+    """Whether the other dimensions never move along this one: whole multiples of it, or together less than one step of it."""
+    step, whole = out.stride(dim), out.stride(dim) * out.shape[dim]
+    others = [(out.shape[j], out.stride(j)) for j in range(out.dim()) if j != dim and out.shape[j] > 1]
+    inner = sum((n - 1) * s for n, s in others if s < step)
+    return step > 0 and inner < step and all(s < step or s % whole == 0 for _, s in others)
 
 
 @register_rule("aten::diagonal", "aten::diag_embed", "aten::diag")
