@@ -1,14 +1,18 @@
 """Memory-bound ops on a CUDA device, as shares of ceilings measured in the same run.
 
-    python -m benchmarks.kernels [--json out.json] [--sizes 16384 4096] [--only fake_quantize]
+    python -m benchmarks.kernels [--json out.json] [--sizes 16384 4096] [--only fake_quantize] [--first-calls]
 
 Effective bandwidth counts the bytes an op must move: each input read once, each output written once. The ceiling of ops that
-write is a device copy of 2 GiB; that of amax a load-only kernel over 2 GiB. Times are medians of device events after warm-up.
+write is a device copy of 2 GiB; that of amax and histogram a load-only kernel over 2 GiB. Times are those of a CUDA graph over
+copies of the tensor that together exceed the L2 cache; "eager" is the median of single calls by device events, launch included.
+--first-calls measures instead, each in a fresh process with empty caches, the first call of each op and how often
+Triton compiled for five widths.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 from collections.abc import Callable
 from typing import Any
@@ -61,8 +65,28 @@ def _load_only(x_ptr, out_ptr, W: tl.constexpr):
 
 
 def seconds(run: Callable[[], object], repeat: int = 60) -> float:
-    """Return the median time of one call."""
-    return float(do_bench(run, warmup=15, rep=repeat, return_mode="median")) / 1e3
+    """Return the median time of one call, launch included where the device waits for it."""
+    return float(do_bench(run, warmup=10, rep=repeat, return_mode="median")) / 1e3
+
+
+def graph_seconds(runs: list[Callable[[], object]]) -> float:
+    """Return the time of one of `runs`, captured together in a CUDA graph that is replayed for about 30 ms."""
+    for run in runs:
+        run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = [run() for run in runs]
+    times = []
+    for _ in range(7):
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(5):
+            graph.replay()
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop) / 5e3 / len(runs))
+    del kept
+    return sorted(times)[len(times) // 2]
 
 
 def ceilings() -> dict[str, float]:
@@ -94,50 +118,145 @@ def size(tensors: Any) -> int:
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
 
 
-def measure(n: int, only: str, roof: dict[str, float]) -> list[dict[str, Any]]:
-    """Return one row per op and format for a bf16 tensor of n x n."""
-    x = torch.randn(n, n, device="cuda", dtype=torch.bfloat16)
-    grad = torch.randn_like(x)
-    rows: list[dict[str, Any]] = []
+HADAMARD = (16, 64, 128, 256, 1024, 4096, 16384)
+HADAMARD_WIDTHS = (12288, 5120, 14336)  # 12, 20 and 28 times a power of two
+ROTATED = {"NVFP4 dynamic": 16, "MXFP4": 32, "INT4 block 128": 128, "FP8 per token dynamic": 256}
 
-    def add(op: str, name: str, run: Callable[[], object], moved: int, ceiling: str) -> None:
-        if only and only not in op:
+
+class Table:
+    """Rows of figures of ops on tensors of one size."""
+
+    def __init__(self, n: int, only: str, roof: dict[str, float]) -> None:
+        self.n, self.only, self.roof = n, only, roof
+        self.rows: list[dict[str, Any]] = []
+
+    def add(self, op: str, name: str, run: Callable[[int], object], moved: int, ceiling: str = "copy") -> None:
+        """Measure `run(i)`, which works on the i-th copy of its input."""
+        if self.only and self.only not in op:
             return
-        time = seconds(run)
-        rows.append(
-            {
-                "op": op,
-                "format": name,
-                "size": n,
-                "us": time * 1e6,
-                "TB/s": moved / time / 1e12,
-                "share": moved / time / roof[ceiling],
-                "of": ceiling,
-            }
+        copies = max(1, min(8, 2**28 // (self.n * self.n)))
+        time = graph_seconds([functools.partial(run, i) for i in range(copies)])
+        row = {"op": op, "format": name, "size": self.n, "us": time * 1e6, "TB/s": moved / time / 1e12}
+        row |= {"share": moved / time / self.roof[ceiling], "of": ceiling, "eager_us": seconds(lambda: run(0), 20) * 1e6}
+        self.rows.append(row)
+        print(
+            f"| {op} | {name} | {self.n} | {time * 1e6:.1f} | {row['share']:.2f} | {ceiling} | {row['eager_us']:.1f} |",
+            flush=True,
         )
 
+
+def measure(n: int, only: str, roof: dict[str, float]) -> list[dict[str, Any]]:
+    """Return one row per op and format for a bf16 tensor of n x n."""
+    table = Table(n, only, roof)
+    copies = max(1, min(8, 2**28 // (n * n)))
+    xs = [torch.randn(n, n, device="cuda", dtype=torch.bfloat16) for _ in range(copies)]
     for name, text in FORMATS.items():
-        given = given_ranges(text, x)
-        extra = size(given.values())
-        add("fake_quantize", name, lambda: kernels.fake_quantize(x, text, **given), 2 * x.nbytes + extra, "copy")  # noqa: B023
-        parts = kernels.quantize(x, text, **given)
-        add("quantize", name, lambda: kernels.quantize(x, text, **given), x.nbytes + extra + size(parts), "copy")  # noqa: B023
-        add("dequantize", name, lambda: kernels.dequantize(parts, text, x.shape, x.dtype), x.nbytes + size(parts), "copy")  # noqa: B023
-        if name in CLIP:
-            arguments = (grad, x, text, given.get("amax"), given.get("global_amax"), given.get("amin"))
-            add("clipped_gradient", name, lambda: torch.ops.modelopt.clipped_gradient(*arguments), 3 * x.nbytes + extra, "copy")  # noqa: B023
-        if name in AMAX:
-            out = kernels.amax(x, text)
-            add("amax", name, lambda: kernels.amax(x, text), x.nbytes + out.nbytes, "read")  # noqa: B023
-    return rows
+        measure_format(table, name, text, xs)
+    measure_hadamard(table, xs)
+    moved = xs[0].nbytes
+    limit = kernels.amax(xs[0], "i8[...]*f32")
+    table.add("histogram", "2048 logarithmic bins and amax", lambda i: kernels.histogram(xs[i]), moved, "read")
+    table.add("histogram", "2048 equal bins", lambda i: kernels.histogram(xs[i], 2048, limit), moved, "read")
+    return table.rows
 
 
-def print_rows(rows: list[dict[str, Any]]) -> None:
-    """Print the rows as a Markdown table."""
-    print("| op | format | size | us | TB/s | share | of |")
-    print("|---|---|---|---|---|---|---|")
-    for r in rows:
-        print(f"| {r['op']} | {r['format']} | {r['size']} | {r['us']:.1f} | {r['TB/s']:.2f} | {r['share']:.2f} | {r['of']} |")
+def measure_format(table: Table, name: str, text: str, xs: list[torch.Tensor]) -> None:
+    """Add the rows of one format."""
+    x = xs[0]
+    given = given_ranges(text, x)
+    extra = size(given.values())
+    table.add("fake_quantize", name, lambda i: kernels.fake_quantize(xs[i], text, **given), 2 * x.nbytes + extra)
+    parts = [kernels.quantize(x, text, **given) for x in xs]
+    packed = size(parts[0])
+    table.add("quantize", name, lambda i: kernels.quantize(xs[i], text, **given), x.nbytes + extra + packed)
+    table.add("dequantize", name, lambda i: kernels.dequantize(parts[i], text, x.shape, x.dtype), x.nbytes + packed)
+    if name in CLIP:
+        ranges = (text, given.get("amax"), given.get("global_amax"), given.get("amin"))
+        backward = torch.ops.modelopt.clipped_gradient
+        table.add("clipped_gradient", name, lambda i: backward(xs[i], xs[i - 1], *ranges), 3 * x.nbytes + extra)
+    if name in AMAX:
+        out = kernels.amax(x, text)
+        table.add("amax", name, lambda i: kernels.amax(xs[i], text), x.nbytes + out.nbytes, "read")
+    if name in ROTATED:
+        block = ROTATED[name]
+        rotated, codes = kernels.rotated_fake_quantize, kernels.rotated_quantize
+        label = f"{name}, Hadamard {block}"
+        table.add("rotated_fake_quantize", label, lambda i: rotated(xs[i], block, text, **given), 2 * x.nbytes + extra)
+        table.add("rotated_quantize", label, lambda i: codes(xs[i], block, text, **given), x.nbytes + extra + packed)
+
+
+def measure_hadamard(table: Table, xs: list[torch.Tensor]) -> None:
+    """Add the rows of the transform: blocks, whole rows of a power of two, and other widths with about as many elements."""
+    n = table.n
+    for block in HADAMARD:
+        if block <= n:
+            table.add("hadamard", f"{block}", lambda i, block=block: kernels.hadamard(xs[i], block), 2 * xs[0].nbytes)
+    for width in HADAMARD_WIDTHS:
+        wide = [x.view(-1)[: n * n // width * width].view(-1, width) for x in xs]
+        table.add("hadamard", f"{width}", lambda i, wide=wide: kernels.hadamard(wide[i]), 2 * wide[0].nbytes)
+
+
+FIRST: dict[str, Callable[[torch.Tensor], object]] = {
+    "fake_quantize INT8": lambda x: kernels.fake_quantize(x, "i8[1,...]*f32"),
+    "fake_quantize NVFP4": lambda x: kernels.fake_quantize(x, FORMATS["NVFP4 dynamic"]),
+    "fake_quantize four-over-six": lambda x: kernels.fake_quantize(x, FORMATS["NVFP4 four-over-six"]),
+    "quantize NVFP4": lambda x: kernels.quantize(x, FORMATS["NVFP4 dynamic"]),
+    "quantize FP8 per token": lambda x: kernels.quantize(x, "e4m3[-1]~*f32"),
+    "quantize INT4 block 128": lambda x: kernels.quantize(x, "i4[128]*f32"),
+    "dequantize INT4 block 128": lambda x: kernels.dequantize(
+        [
+            torch.zeros(64, x.shape[1] // 2, dtype=torch.uint8, device="cuda"),
+            torch.ones(64, -(-x.shape[1] // 128), device="cuda"),
+        ],
+        "i4[128]*f32",
+        (64, x.shape[1] // 2 * 2),
+        torch.bfloat16,
+    ),
+    "amax per channel": lambda x: kernels.amax(x, "i8[1,...]*f32"),
+    "hadamard 128": lambda x: kernels.hadamard(x[:, :4096].contiguous(), 128),
+    "hadamard 4096": lambda x: kernels.hadamard(x[:, :4096].contiguous()),
+    "histogram": kernels.histogram,
+}
+
+
+def first_call(name: str) -> None:
+    """Print the seconds of the first call of an op in this process, and the kernels compiled for five widths of one class."""
+    import glob
+    import os
+    import time
+
+    cache = os.environ["TRITON_CACHE_DIR"]
+    x = torch.randn(64, 4096, device="cuda", dtype=torch.bfloat16)
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    FIRST[name](x)
+    torch.cuda.synchronize()
+    first = time.perf_counter() - start
+    counts = [len(glob.glob(f"{cache}/*/*.cubin"))]
+    for width in (2560, 3072, 2050, 4000):
+        FIRST[name](torch.randn(64, width, device="cuda", dtype=torch.bfloat16) if name[:8] != "hadamard" else x)
+        counts.append(len(glob.glob(f"{cache}/*/*.cubin")))
+    print(json.dumps({"op": name, "seconds": first, "compilations": counts}))
+
+
+def first_calls() -> list[dict[str, Any]]:
+    """Return what `first_call` prints for each op, each from a process of its own, three at a time."""
+    import concurrent.futures
+    import os
+    import subprocess
+    import sys
+    import tempfile
+
+    def run(name: str) -> dict[str, Any]:
+        with tempfile.TemporaryDirectory() as cache:
+            command = [sys.executable, "-m", "benchmarks.kernels", "--first-call", name]
+            done = subprocess.run(
+                command, capture_output=True, text=True, env=os.environ | {"TRITON_CACHE_DIR": cache}, check=True
+            )
+            return dict(json.loads(done.stdout.strip().splitlines()[-1]))
+
+    with concurrent.futures.ThreadPoolExecutor(3) as pool:
+        return list(pool.map(run, FIRST))
 
 
 def main() -> None:
@@ -146,20 +265,30 @@ def main() -> None:
     parser.add_argument("--json", default="")
     parser.add_argument("--only", default="", help="part of an op's name")
     parser.add_argument("--sizes", type=int, nargs="*", default=[16384, 4096])
+    parser.add_argument("--first-calls", action="store_true")
+    parser.add_argument("--first-call", default="", help="an op, measured in this process")
     options = parser.parse_args()
-    roof = ceilings()
-    about = {
+    if options.first_call:
+        first_call(options.first_call)
+        return
+    about: dict[str, Any] = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "ceilings": roof,
     }
-    print(about)
-    rows = [row for n in options.sizes for row in measure(n, options.only, roof)]
-    print_rows(rows)
+    if options.first_calls:
+        about["first_calls"] = first_calls()
+        for row in about["first_calls"]:
+            print(f"{row['op']}: {row['seconds']:.2f} s, kernels compiled after each width: {row['compilations']}")
+    else:
+        about["ceilings"] = ceilings()
+        print(about)
+        print("| op | format | size | us | share | of | eager, us |")
+        print("|---|---|---|---|---|---|---|")
+        about["rows"] = [row for n in options.sizes for row in measure(n, options.only, about["ceilings"])]
     if options.json:
         with open(options.json, "w") as file:
-            json.dump(about | {"rows": rows}, file, indent=1)
+            json.dump(about, file, indent=1)
 
 
 if __name__ == "__main__":

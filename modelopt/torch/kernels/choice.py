@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import os
 from types import ModuleType
+from typing import Any
 
 from torch import Tensor
 
@@ -32,12 +33,12 @@ def forced() -> str:
     return "reference" if wanted == "reference" else ""
 
 
-def fast_kernel(op: str, x: Tensor, fmt: Format) -> ModuleType | None:
-    """Return the module of the fast kernel that serves `op` for `x`, or None where the law must."""
+def fast_kernel(op: str, x: Tensor, what: Any) -> ModuleType | None:
+    """Return the module of the fast kernel that serves `op` for `x` and its format (or size), or None where the law must."""
     if not x.is_cuda or forced():
         return None
     kernel = _kernel(op)
-    return kernel if kernel is not None and kernel.why_not(x, fmt) is None else None
+    return kernel if kernel is not None and kernel.why_not(x, what) is None else None
 
 
 def fast_module(op: str) -> ModuleType | None:

@@ -4,6 +4,10 @@
                R' = (1 - S R) R, the product a R + a R' is a faithful rounding of a / S and one residual step makes it correct
     rounding   q + m - m with m = 1.5 * 2^23 * step, step being the distance between neighbours at q (RN, ties to even)
 
+For x of at most 11 bits (float16, bfloat16) the residual step is left out: a R + a R' differs from the quotient by less than
+2^-46, and a quotient comes that near to the border between a tie T and its neighbour in float32 for few S only. All were tried
+for every T of up to 9 bits (tests/torch/kernels/test_quotient.py): one needs R' to be 2^-23 smaller, S = 2 - 2^-23.
+
 x is clamped to [min S, max S] before the division: rounding is monotone and both ends lie on the grid, so this is the
 law's clamp after rounding, and no infinity reaches the residual. Every product and sum here is rounded on its own; kernels are
 launched with `enable_fp_fusion=False`.
@@ -54,11 +58,22 @@ def POWER(n):
 
 
 @triton.jit
+def look_up(table, index):
+    """Return table[index] for a table [N] and an index of any shape (through shared memory or shuffles)."""
+    return tl.gather(table, tl.ravel(index), 0).reshape(index.shape)
+
+
+@triton.jit
+def nf4_place(q, table_ptr):
+    """Return the number, 0 to 32, of the end of a piece of [-1, 1] whose NF4 value is the nearest to `q`; see `nf4_table`."""
+    piece = (tl.fma(q, 15.5, 15.5) + 12582912.0).to(tl.int32, bitcast=True) & 31
+    return piece + (q > look_up(tl.load(table_ptr + tl.arange(0, 32)), piece)).to(tl.int32)
+
+
+@triton.jit
 def round_nf4(q, table_ptr):
-    """Return the NF4 value nearest to `q`; `table_ptr` holds 15 borders, then 16 values."""
-    value = tl.zeros_like(q) + tl.load(table_ptr + 15)
-    for i in tl.static_range(15):
-        value = tl.where(q > tl.load(table_ptr + i), tl.load(table_ptr + 16 + i), value)
+    """Return the NF4 value nearest to `q` (in [-1, 1])."""
+    value = look_up(tl.load(table_ptr + 96 + tl.arange(0, 64)), nf4_place(q, table_ptr))
     return tl.where(q != q, q, value)
 
 
@@ -155,7 +170,9 @@ def block_scale(
             scale = power_scale(tl.div_rn(amax, E_MAX), RULE, EMAX)
         stored = scale
     elif SCALE == "two":
-        ratio = clamp(tl.div_rn(tl.div_rn(amax, E_MAX), outer), I_SMALL, I_MAX)
+        ratio = tl.div_rn(amax, E_MAX)
+        infinite = (ratio * 0.0) + I_SMALL  # an infinite outer scale: the smallest code, NaN for an infinite amax
+        ratio = tl.where(outer == float("inf"), infinite, quotient(ratio, outer, I_SMALL, I_MAX, "f32", True, False))
         stored = cast(ratio, table_ptr, I_KIND, I_MBITS, I_MIN_EXP)
         scale = stored * outer
     elif SCALE == "given":
@@ -168,9 +185,13 @@ def block_scale(
 
 
 @triton.jit
-def limited(x, low, high, SIGNED: tl.constexpr):
-    """Return `x` within [low, high], or |x| up to high; NaN stays NaN."""
-    if SIGNED:
+def limited(x, low, high, SIGNED: tl.constexpr, MASK: tl.constexpr):
+    """Return `x` within [low, high], or |x| up to high; NaN stays NaN, or with MASK becomes an end."""
+    if MASK and SIGNED:
+        y = tl.minimum(tl.maximum(x, low), high)
+    elif MASK:
+        y = tl.minimum(tl.abs(x), high)
+    elif SIGNED:
         y = clamp(x, low, high)
     else:
         y = smallest(tl.abs(x), high)
@@ -178,28 +199,60 @@ def limited(x, low, high, SIGNED: tl.constexpr):
 
 
 @triton.jit
-def quotient(x, scale, low, high, SCALE: tl.constexpr, SIGNED: tl.constexpr, KEEP: tl.constexpr):
-    """Return RN(x / scale) limited to about [low, high] (|x| if not SIGNED); NaN where the scale is infinite or NaN.
+def reciprocal(x):
+    """Return RN(1 / x)."""
+    if INTERPRETED:
+        y = tl.div_rn(1.0, x)
+    else:
+        y = tl.inline_asm_elementwise("rcp.rn.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    return y
 
-    KEEP: the sign of a negative zero is kept.
+
+@triton.jit
+def quotient(
+    x,
+    scale,
+    low,
+    high,
+    SCALE: tl.constexpr,
+    SIGNED: tl.constexpr,
+    KEEP: tl.constexpr,
+    MASK: tl.constexpr = False,
+    SHORT: tl.constexpr = False,
+):
+    """Return RN(x / scale) limited to about [low, high] (|x| if not SIGNED); NaN where the scale is NaN.
+
+    KEEP: the sign of a negative zero is kept. MASK: 0 where the scale is infinite or NaN, and NaN elsewhere is not kept. SHORT: x
+    has at most 11 significant bits (float16, bfloat16); then the last bit may be wrong, but never at or beside a tie of the grid.
     """
     bits = scale.to(tl.int32, bitcast=True)
     exponent = (bits >> 23) & 0xFF
     if SCALE == "e8m0":
         inverse = tl.where(exponent == 254, 0x00400000, (254 - exponent) << 23)
-        inverse = tl.where(exponent == 255, 0x7FC00000, inverse).to(tl.float32, bitcast=True)
-        q = limited(x * inverse, low, high, SIGNED)
+        inverse = tl.where(exponent == 255, 0 if MASK else 0x7FC00000, inverse).to(tl.float32, bitcast=True)
+        if MASK:
+            high = tl.where(exponent == 255, 0.0, high)
+            low = tl.where(exponent == 255, 0.0, low)
+        q = limited(x * inverse, low, high, SIGNED, MASK)
     else:
         k = (tl.maximum(254 - exponent, 1) << 23).to(tl.float32, bitcast=True)
-        near_one = tl.where(exponent == 255, float("nan"), scale * k)
-        a = limited(x * k, low * near_one, high * near_one, SIGNED)
+        if MASK:
+            near_one = tl.where(exponent == 255, 1.0, scale * k)
+            reach = tl.where(exponent == 255, 0.0, near_one)
+        else:
+            infinite = bits == 0x7F800000  # then x / scale is x * 0
+            k = tl.where(infinite, 0.0, k)
+            near_one = tl.where(infinite, 1.0, scale * k)
+            reach = near_one
+        a = limited(x * k, low * reach, high * reach, SIGNED, MASK)
         if INTERPRETED:
             q = tl.div_rn(a, near_one)
         else:
-            r = tl.div_rn(1.0, near_one)
-            rest = tl.fma(-near_one, r, 1.0) * r
+            r = reciprocal(near_one)
+            rest = tl.fma(-near_one, r, 1.0) * (r * 0.9999998807907104 if SHORT else r)  # 1 - 2^-23
             q = tl.fma(a, r, a * rest)
-            q = tl.fma(tl.fma(-near_one, q, a), r, q)
+            if not SHORT:
+                q = tl.fma(tl.fma(-near_one, q, a), r, q)
             if KEEP:
                 q = same_sign(q, a)
     return q
@@ -207,15 +260,24 @@ def quotient(x, scale, low, high, SCALE: tl.constexpr, SIGNED: tl.constexpr, KEE
 
 @triton.jit
 def quotient_for(
-    x, scale, zero, E_MAX: tl.constexpr, E_MIN: tl.constexpr, KIND: tl.constexpr, ZERO: tl.constexpr, SCALE: tl.constexpr
+    x,
+    scale,
+    zero,
+    E_MAX: tl.constexpr,
+    E_MIN: tl.constexpr,
+    KIND: tl.constexpr,
+    ZERO: tl.constexpr,
+    SCALE: tl.constexpr,
+    MASK: tl.constexpr = False,
+    SHORT: tl.constexpr = False,
 ):
     """Return x / scale limited to the element's range less the zero point; its magnitude for KIND "float"."""
     signed: tl.constexpr = KIND != "float"
     keep: tl.constexpr = KIND == "e4m3" or KIND == "e5m2"
     if ZERO:
-        q = quotient(x, scale, E_MIN - zero, E_MAX - zero, SCALE, signed, keep)
+        q = quotient(x, scale, E_MIN - zero, E_MAX - zero, SCALE, signed, keep, MASK, SHORT)
     else:
-        q = quotient(x, scale, E_MIN, E_MAX, SCALE, signed, keep)
+        q = quotient(x, scale, E_MIN, E_MAX, SCALE, signed, keep, MASK, SHORT)
     return q
 
 
@@ -232,9 +294,10 @@ def round_to(
     MIN_EXP: tl.constexpr,
     ZERO: tl.constexpr,
     SCALE: tl.constexpr,
+    SHORT: tl.constexpr,
 ):
     """Return the float32 values to which `x` is rounded."""
-    value = cast(quotient_for(x, scale, zero, E_MAX, E_MIN, KIND, ZERO, SCALE), table_ptr, KIND, MBITS, MIN_EXP)
+    value = cast(quotient_for(x, scale, zero, E_MAX, E_MIN, KIND, ZERO, SCALE, False, SHORT), table_ptr, KIND, MBITS, MIN_EXP)
     if KIND == "float":
         y = with_sign(value * scale, x)
     else:
@@ -243,25 +306,43 @@ def round_to(
 
 
 @triton.jit
-def tile(n, width, block, parts, blocks, inner, block_0, block_1, grid_1, G: tl.constexpr, W: tl.constexpr, FORM: tl.constexpr):
-    """Return what one program works on, a tile of G x W elements, as (start, first, column, live, cell), each [G, 1].
+def tile(
+    n,
+    width,
+    block,
+    parts,
+    blocks,
+    inner,
+    block_0,
+    block_1,
+    grid_1,
+    step,
+    STEPS: tl.constexpr,
+    G: tl.constexpr,
+    W: tl.constexpr,
+    FORM: tl.constexpr,
+):
+    """Return what one program works on, G pieces of W elements, as (start, first, column, live, cell), each [G, 1, 1].
 
-    start: offset of each tile row in the tensor; first: its place in its block; column: its place in the tensor's row; live:
-    whether it exists; cell: the index of its scale ([1, W] for FORM "columns"). `parts` tile rows make up a block of `block`
-    elements, `blocks` blocks make up a row of `width` elements. FORM "flat": blocks are whole multiples of W, without gaps;
-    "rows": any block within a row; "grid": blocks of several rows; "tiles": those where
-    the G rows lie in one block; "columns": a scale per column, `parts` column tiles.
+    start: offset of each piece in the tensor; first: its place in its block; column: its place in the tensor's row; live:
+    whether it exists; cell: the index of its scale ([1, 1, W] for FORM "columns", a scalar for "tiles"). `parts` pieces make up a
+    block of `block` elements, `blocks` blocks make up a row of `width` elements. FORM "flat": blocks are whole multiples of W,
+    without gaps; "rows": any block within a row; "grid": blocks of several rows; "tiles": those where the G pieces lie in one
+    block; "columns": a scale per column, `parts` column tiles. A program makes STEPS tiles one after another ("flat": neighbours,
+    "columns": under one another), of which this is number `step`.
     """
     pid = tl.program_id(0).to(tl.int64)
-    i = tl.arange(0, G)[:, None]
+    if FORM == "flat":
+        pid = pid * STEPS + step
+    i = tl.arange(0, G)[:, None, None]
     index = pid.to(tl.int32) * G + i
     if FORM == "columns":
-        row = (pid // parts) * G + i
+        row = ((pid // parts) * STEPS + step) * G + i
         column = row * 0 + (pid % parts) * W
         start = row * width + column
         first = row * 0
         live = row < n
-        cell = (pid % parts) * W + tl.arange(0, W)[None, :]
+        cell = (pid % parts) * W + tl.arange(0, W)[None, None, :]
     elif FORM == "tiles":
         part = pid % (blocks * parts)
         tiles = (inner + G - 1) // G
@@ -269,7 +350,7 @@ def tile(n, width, block, parts, blocks, inner, block_0, block_1, grid_1, G: tl.
         at = part // parts
         row = (group % tiles) * G + i
         live = row < inner
-        cell = ((group // tiles) * grid_1 + (group % tiles) * G // block_1) * blocks + at + i * 0
+        cell = ((group // tiles) * grid_1 + (group % tiles) * G // block_1) * blocks + at
         first = (part % parts) * W + i * 0
         column = at * block + first
         start = ((group // tiles) * inner + row) * width + column
@@ -293,10 +374,16 @@ def tile(n, width, block, parts, blocks, inner, block_0, block_1, grid_1, G: tl.
 
 
 @triton.jit
+def places(C: tl.constexpr, V: tl.constexpr):
+    """Return the places of a piece of C * V elements as [1, C, V]: a thread holds all C, so that it computes few scales."""
+    return tl.arange(0, C)[None, :, None] * V + tl.arange(0, V)[None, None, :]
+
+
+@triton.jit
 def inside(w, first, column, live, width, block, FORM: tl.constexpr):
-    """Return which of the places `w` [1, W] of a tile's rows exist, [G, W]."""
+    """Return which of the places `w` [1, C, V] of a tile's pieces exist, [G, C, V]."""
     if FORM == "flat":
-        here = tl.broadcast_to(live, [live.shape[0], w.shape[1]])
+        here = tl.broadcast_to(live, [live.shape[0], w.shape[1], w.shape[2]])
     elif FORM == "columns":
         here = live & (column + w < width)
     else:

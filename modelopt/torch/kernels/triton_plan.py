@@ -19,10 +19,12 @@ from torch import Tensor
 from modelopt.numerics import Element, Format
 from modelopt.numerics.blocks import canonical
 from modelopt.numerics.elements import NF4_TABLE
-from modelopt.numerics.reference import FOUR_OVER_SIX_TOP
+from modelopt.numerics.reference import FOUR_OVER_SIX_TOP, given_range
 
 TILE = 4096  # elements of one program
 SMALL_TILE = 2048  # the same where blocks are short, and each thread computes several scales
+NEIGHBOURS = 4  # tiles of one program where blocks are short and the tensor is large
+COLUMN_STEPS = 8  # tiles of one program where every column has a scale of its own
 WIDEST = 32768  # the longest block whose range one program can find
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -43,6 +45,16 @@ class Layout:
     grid_1: int
     G: int
     W: int
+    steps: int = 1  # tiles under one another that a program walks through (form "columns")
+    cuts: int = 4  # of a piece, at most
+    least: int = 16  # elements of a cut: with half precision a whole sector of 32 bytes
+    lanes: int = 32  # elements of a thread
+
+    @property
+    def C(self) -> int:
+        """Cuts of a piece. A thread has 8 elements of each of 4 cuts, so that it computes one scale for 32 elements."""
+        least = self.least if self.W > 16 else 8
+        return 1 if self.form == "columns" or self.G == 1 else max(1, min(self.cuts, self.W // least))
 
     @property
     def programs(self) -> tuple[int]:
@@ -51,7 +63,7 @@ class Layout:
             slices = self.count // (self.inner * self.blocks * self.parts)
             return (slices * -(-self.inner // self.G) * self.blocks * self.parts,)
         tiles = -(-self.count // self.G)
-        return (tiles * self.parts if self.form == "columns" else tiles,)
+        return (-(-tiles // self.steps) * (self.parts if self.form == "columns" else 1),)
 
     @property
     def whole_blocks(self) -> bool:
@@ -65,20 +77,21 @@ class Layout:
 
     @property
     def warps(self) -> int:
-        """Warps of one program: 32 elements a thread."""
-        return max(1, min(32, self.G * self.W // 1024))
+        """Warps of one program."""
+        return max(1, min(32, self.G * self.W // (32 * self.lanes)))
 
     @property
     def constants(self) -> dict[str, Any]:
         """The compile-time arguments of the tiling, and the launch options."""
-        return {"FORM": self.form, "G": self.G, "W": self.W, "num_warps": self.warps, "enable_fp_fusion": False}
+        shape = {"FORM": self.form, "G": self.G, "C": self.C, "V": self.W // self.C, "STEPS": self.steps}
+        return shape | {"num_warps": self.warps, "enable_fp_fusion": False}
 
 
 @functools.lru_cache(maxsize=4096)
-def layout(shape: tuple[int, ...], sizes: tuple[int, ...], whole: bool = False, tile: int = TILE) -> Layout | str:
+def layout(shape: tuple[int, ...], sizes: tuple[int, ...], whole: bool = False, tile: int = TILE, piece: int = 0) -> Layout | str:
     """Return the tiling of a tensor of `shape` with blocks of `sizes`, or why there is none.
 
-    `whole` asks for tiles that hold whole blocks where that can be (up to WIDEST elements).
+    `whole` asks for tiles that hold whole blocks where that can be (up to WIDEST elements), `piece` for pieces no longer than it.
     """
     shape, sizes = canonical(shape, sizes) if shape else ((1,), (1,))
     if len(shape) > 3:
@@ -89,10 +102,11 @@ def layout(shape: tuple[int, ...], sizes: tuple[int, ...], whole: bool = False, 
         if any(b != n for n, b in zip(shape[:-1], sizes[:-1], strict=True)):
             return f"a scale per element of the last dimension, but not for all rows (blocks of {sizes} in {shape})"
         w = min(triton.next_power_of_2(width), 256)
-        return Layout("columns", rows, width, w, -(-width // w), 1, 1, 1, 1, 1, max(tile // w, 1), w)
+        g = max(min(tile, SMALL_TILE) // w, 1)
+        return Layout("columns", rows, width, w, -(-width // w), 1, 1, 1, 1, 1, g, w, COLUMN_STEPS if rows >= 64 * g else 1)
     (n0, b0), (n1, b1) = ((1, 1), (1, 1), *zip(shape[:-1], sizes[:-1], strict=True))[-2:]
     power = triton.next_power_of_2(block)
-    w = min(power, WIDEST if whole and power <= WIDEST else tile)
+    w = min(power, WIDEST if whole and power <= WIDEST else piece or tile)
     parts, blocks = -(-block // w), -(-width // block)
     grouped = b0 > 1 or b1 > 1
     flat = not grouped and width % block == 0 and block % w == 0
@@ -108,14 +122,51 @@ def layout(shape: tuple[int, ...], sizes: tuple[int, ...], whole: bool = False, 
     return Layout(form, count, width, block, parts, blocks, n1, b0, b1, -(-n1 // b1), g, w)
 
 
-def layout_of(x: Tensor, fmt: Format, whole: bool = False) -> Layout | str:
+@functools.lru_cache(maxsize=4096)
+def shortened(plan: Layout, fmt: Format, found: bool, codes: bool = False) -> Layout:
+    """Return the tiling with what measurements on an H200 favour for `fmt` (`found`: the program finds the ranges itself)."""
+    if codes and fmt.element.bits < 8:
+        plan = replace(plan, least=8)  # reads only are in half sectors
+    if found and fmt.rule == "46":
+        return replace(plan, lanes=16)  # two roundings of a tile take many registers
+    if plan.form == "flat" and plan.W == 16 and plan.count >= 2**20:
+        return replace(plan, steps=NEIGHBOURS)
+    if codes and plan.G == 1 and plan.W >= 8192:
+        return replace(plan, lanes=64)
+    return plan
+
+
+def layout_of(x: Tensor, fmt: Format, whole: bool = False, piece: int = 0) -> Layout | str:
     """Return the tiling of `x` (not empty) under the blocks of `fmt`, or why there is none."""
-    return layout(tuple(x.shape), fmt.block.sizes(x.shape) if x.dim() else (), whole)
+    return layout(tuple(x.shape), fmt.block.sizes(x.shape) if x.dim() else (), whole, piece=piece)
 
 
 def retiled(plan: Layout, tile: int) -> Layout:
     """Return the layout with about `tile` elements a program instead (not for form "tiles")."""
     return replace(plan, G=max(tile // plan.W, 1))
+
+
+def rotates(
+    x: Tensor,
+    fmt: Format,
+    size: int,
+    amax: Tensor | None,
+    global_amax: Tensor | None,
+    amin: Tensor | None,
+    piece: int = 0,
+) -> Layout | None:
+    """Return the tiling under which one program can transform blocks of `size` and then quantize; None if it cannot.
+
+    It can where tiles have no gaps and hold whole blocks of both kinds, and where no range of the transformed tensor must be
+    known beforehand.
+    """
+    amax, global_amax, _ = given_range(x.shape, fmt, amax, global_amax, amin)
+    plan = layout_of(x, fmt, amax is None, piece)
+    if isinstance(plan, str) or size > 256 or size & (size - 1) or size < 2:
+        return None
+    found_inside = plan.whole_blocks and (global_amax is not None or not fmt.is_two_level)
+    tiled = plan.form == "flat" and (plan.G * plan.W) % size == 0
+    return plan if tiled and (amax is not None or found_inside) else None
 
 
 def unlike(x: Tensor, fmt: Format) -> str | None:
@@ -183,9 +234,21 @@ def scale_constants(fmt: Format, device: torch.device, given: bool = False) -> d
 
 @functools.lru_cache(maxsize=8)
 def nf4_table(device: torch.device) -> Tensor:
-    """Return the 15 borders and 16 values of NF4 as one float32 tensor."""
+    """Return NF4 as one float32 tensor: 32 borders, 64 codes and 64 values by place (33 used), 16 values by code.
+
+    Piece i of [-1, 1] are the numbers that round to i when brought to [0, 31]; place i is its lower end. A piece has at most one
+    border, and a number beyond it goes with the next place. No border lies near an end of a piece (tested), so that rounding may
+    put a number into a neighbouring piece.
+    """
     table = torch.tensor(NF4_TABLE, dtype=torch.float32)
-    return torch.cat([(table[1:] + table[:-1]) / 2, table]).to(device)
+    borders = (table[1:] + table[:-1]) / 2
+    pieces = torch.round(borders * 15.5 + 15.5)
+    border, codes = torch.full((32,), 2.0), torch.zeros(64, dtype=torch.int64)
+    for i in range(33):
+        codes[i] = (pieces < i).sum()
+        if (pieces == i).any():
+            border[i] = borders[pieces == i][0]
+    return torch.cat([border, codes.float(), table[codes], table]).to(device)
 
 
 def prefix(shape: Sequence[int]) -> tuple[int, ...]:

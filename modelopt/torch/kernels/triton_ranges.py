@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from modelopt.torch.kernels.triton_math import block_scale, largest, round_to, smallest, wide_scale
+from modelopt.torch.kernels.triton_math import block_scale, cast, largest, quotient_for, smallest, wide_scale, with_sign
 
 
 @triton.jit
@@ -22,10 +22,10 @@ def tile_range(x, cell, live, amax_ptr, amin_ptr, ZERO: tl.constexpr, FIND: tl.c
     """Return (amax, amin) of each block of the tile: found in `x` (float32, zero where nothing is) or read."""
     if FIND:
         if ZERO:
-            amax = tl.reduce(largest(x, 0.0), 1, largest, keep_dims=True)
-            amin = tl.reduce(smallest(x, 0.0), 1, smallest, keep_dims=True)
+            amax = piece_largest(largest(x, 0.0))
+            amin = piece_smallest(smallest(x, 0.0))
         else:
-            amax = tl.reduce(tl.abs(x), 1, largest, keep_dims=True)
+            amax = piece_largest(tl.abs(x))
             amin = amax
     else:
         amax = tl.load(amax_ptr + cell, mask=live, other=1.0)
@@ -33,6 +33,24 @@ def tile_range(x, cell, live, amax_ptr, amin_ptr, ZERO: tl.constexpr, FIND: tl.c
         if ZERO:
             amin = tl.load(amin_ptr + cell, mask=live, other=0.0)
     return amax, amin
+
+
+@triton.jit
+def piece_largest(x):
+    """Return the largest of each piece, [G, C, V] to [G, 1, 1], within a thread first; NaN wins."""
+    return tl.reduce(tl.reduce(x, 1, largest, keep_dims=True), 2, largest, keep_dims=True)
+
+
+@triton.jit
+def piece_smallest(x):
+    """Return the smallest of each piece, [G, C, V] to [G, 1, 1]; NaN wins."""
+    return tl.reduce(tl.reduce(x, 1, smallest, keep_dims=True), 2, smallest, keep_dims=True)
+
+
+@triton.jit
+def piece_sum(x):
+    """Return the sum of each piece, [G, C, V] to [G, 1, 1]."""
+    return tl.sum(tl.sum(x, 1, keep_dims=True), 2, keep_dims=True)
 
 
 @triton.jit
@@ -52,17 +70,24 @@ def better_of_two(
     I_MIN_EXP: tl.constexpr,
     I_MAX: tl.constexpr,
     I_SMALL: tl.constexpr,
+    SHORT: tl.constexpr,
 ):
-    """Rule 46: return amax or 1.5 amax, whichever leaves the smaller squared error of the tile's row."""
-    scale, _, zero = block_scale(
+    """Rule 46: return amax or 1.5 amax, whichever leaves the smaller squared error of its piece, then quotients and values."""
+    wider = amax * 1.5
+    s6, c6, zero = block_scale(
         amax, amax, outer, table_ptr, E_MAX, E_MIN, EMAX, False, "two", "46", I_KIND, I_MBITS, I_MIN_EXP, I_MAX, I_SMALL
     )
-    error = round_to(x, scale, zero, table_ptr, E_MAX, E_MIN, KIND, MBITS, MIN_EXP, False, "two") - x
-    wider = amax * 1.5
-    scale, _, zero = block_scale(
+    s4, c4, zero = block_scale(
         wider, amax, outer, table_ptr, E_MAX, E_MIN, EMAX, False, "two", "46", I_KIND, I_MBITS, I_MIN_EXP, I_MAX, I_SMALL
     )
-    other = round_to(x, scale, zero, table_ptr, E_MAX, E_MIN, KIND, MBITS, MIN_EXP, False, "two") - x
-    worse = tl.sum(other * other, 1, keep_dims=True) >= tl.sum(error * error, 1, keep_dims=True)
-    keep = worse | (amax != amax)
-    return tl.where(keep, amax, wider)
+    q6 = quotient_for(x, s6, zero, E_MAX, E_MIN, KIND, False, "two", False, SHORT)
+    q4 = quotient_for(x, s4, zero, E_MAX, E_MIN, KIND, False, "two", False, SHORT)
+    v6 = cast(q6, table_ptr, KIND, MBITS, MIN_EXP) * s6
+    v4 = cast(q4, table_ptr, KIND, MBITS, MIN_EXP) * s4
+    like = tl.abs(x) if KIND == "float" else x  # float: magnitudes
+    d6, d4 = v6 - like, v4 - like
+    keep = (piece_sum(d4 * d4) >= piece_sum(d6 * d6)) | (amax != amax)
+    y = tl.where(keep, v6, v4)
+    if KIND == "float":
+        y = with_sign(y, x)
+    return tl.where(keep, amax, wider), tl.where(keep, q6, q4), y

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -11,7 +13,9 @@ from modelopt.numerics import Format
 from modelopt.numerics import reference as law
 from modelopt.numerics.blocks import Block
 from modelopt.torch.kernels import triton_plan as planning
-from modelopt.torch.kernels.triton_math import inside, largest, smallest, tile
+from modelopt.torch.kernels.triton_launch import Launch
+from modelopt.torch.kernels.triton_math import inside, largest, places, smallest, tile
+from modelopt.torch.kernels.triton_ranges import piece_largest, piece_smallest
 
 _LONG = 16384  # elements of a long block that one program reduces
 
@@ -39,22 +43,25 @@ def _amax(
     RANGE: tl.constexpr,
     FORM: tl.constexpr,
     G: tl.constexpr,
-    W: tl.constexpr,
+    C: tl.constexpr,
+    V: tl.constexpr,
+    STEPS: tl.constexpr,
 ):
-    start, first, column, live, cell = tile(n, width, block, parts, blocks, inner, block_0, block_1, grid_1, G, W, FORM)
-    w = tl.arange(0, W)[None, :]
+    w = places(C, V)
+    start, first, column, live, cell = tile(
+        n, width, block, parts, blocks, inner, block_0, block_1, grid_1, 0, STEPS, G, C * V, FORM
+    )
     x = tl.load(x_ptr + (start + w), mask=inside(w, first, column, live, width, block, FORM), other=0.0).to(tl.float32)
     if RANGE:
-        high = tl.reduce(largest(x, 0.0), 1, largest, keep_dims=True)
-        low = tl.reduce(smallest(x, 0.0), 1, smallest, keep_dims=True)
+        high = piece_largest(largest(x, 0.0))
+        low = piece_smallest(smallest(x, 0.0))
     else:
-        high = tl.reduce(tl.abs(x), 1, largest, keep_dims=True)
+        high = piece_largest(tl.abs(x))
         low = high
     if FORM == "tiles":
-        high = tl.reduce(high, 0, largest, keep_dims=True)
-        low = tl.reduce(low, 0, smallest, keep_dims=True)
-        cell = tl.min(cell, 0, keep_dims=True)
-        live = tl.max(live.to(tl.int32), 0, keep_dims=True) > 0
+        high = tl.reduce(tl.reduce(tl.reduce(high, 1, largest), 1, largest), 0, largest)
+        low = tl.reduce(tl.reduce(tl.reduce(low, 1, smallest), 1, smallest), 0, smallest)
+        live = True
     if SHARED:  # as integers, magnitudes compare as they do as floats, and NaN is above all
         tl.atomic_max(out_ptr + cell, high.to(tl.int32, bitcast=True), mask=live, sem="relaxed")
         if RANGE:
@@ -118,12 +125,18 @@ def _extremes(x: Tensor, block: Block, fmt: Format, both: bool) -> tuple[Tensor,
     high = (torch.zeros if shared else torch.empty)(grid, dtype=torch.int32, device=x.device)
     low = torch.zeros_like(high) if both else high
     if plan.form == "columns":
-        steps = 16 if plan.count >= 4096 else 1
-        programs = (plan.parts * -(-plan.count // (plan.G * steps)),)
-        _amax_columns[programs](x, high, low, plan.count, plan.width, plan.parts, steps, both, plan.G, plan.W)
+        w, g = min(triton.next_power_of_2(plan.width), 512), 16
+        steps, parts = 16 if plan.count >= 4096 else 1, -(-plan.width // w)
+        programs = (parts * -(-plan.count // (g * steps)),)
+        _amax_columns[programs](x, high, low, plan.count, plan.width, parts, steps, both, g, w)
     else:
-        _amax[plan.programs](x, high, low, *plan.arguments, SHARED=shared, RANGE=both, **plan.constants)
+        _prepared(plan, x.dtype, x.device, shared, both)(x, high, low)
     return high.view(torch.float32), -low.view(torch.float32) if both else x
+
+
+@functools.lru_cache(maxsize=4096)
+def _prepared(plan: planning.Layout, dtype: torch.dtype, device: torch.device, shared: bool, both: bool) -> Launch:
+    return Launch(_amax, plan.programs[0], plan.arguments, plan.constants | {"SHARED": shared, "RANGE": both})
 
 
 def ranges(

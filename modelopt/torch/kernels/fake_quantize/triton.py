@@ -6,17 +6,21 @@ a longer one (a whole tensor, a tile of rows) is found by the amax kernel first.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from modelopt.numerics import Format
+from modelopt.numerics import Format, parse
 from modelopt.numerics import reference as law
 from modelopt.torch.kernels import triton_plan as planning
 from modelopt.torch.kernels.amax import triton as amax_kernel
 from modelopt.torch.kernels.fake_quantize import reference
-from modelopt.torch.kernels.triton_math import block_scale, inside, round_to, tile
+from modelopt.torch.kernels.triton_butterflies import rotated_tile
+from modelopt.torch.kernels.triton_launch import Launch
+from modelopt.torch.kernels.triton_math import block_scale, inside, places, round_to, tile
 from modelopt.torch.kernels.triton_ranges import better_of_two, outer_scale, tile_range
 
 
@@ -47,7 +51,10 @@ def _fake_quantize(
     FIND: tl.constexpr,
     FORM: tl.constexpr,
     G: tl.constexpr,
-    W: tl.constexpr,
+    C: tl.constexpr,
+    V: tl.constexpr,
+    STEPS: tl.constexpr,
+    ROTATE: tl.constexpr,
     KIND: tl.constexpr,
     MBITS: tl.constexpr,
     MIN_EXP: tl.constexpr,
@@ -65,26 +72,74 @@ def _fake_quantize(
     OUTER: tl.constexpr,
     TOP: tl.constexpr,
 ):
-    start, first, column, live, cell = tile(n, width, block, parts, blocks, inner, block_0, block_1, grid_1, G, W, FORM)
-    w = tl.arange(0, W)[None, :]
-    here = inside(w, first, column, live, width, block, FORM)
-    x = tl.load(x_ptr + (start + w), mask=here, other=0.0).to(tl.float32)
+    w = places(C, V)
+    W: tl.constexpr = C * V
+    short: tl.constexpr = x_ptr.dtype.element_ty != tl.float32
     outer = outer_scale(global_ptr, TOP, OUTER, SCALE)
-    exists = (cell < width) if FORM == "columns" else live
-    amax, amin = tile_range(x, cell, exists, amax_ptr, amin_ptr, ZERO, FIND)
-    if FIND and RULE == "46":
-        amax = better_of_two(
-            x, amax, outer, table_ptr, KIND, MBITS, MIN_EXP, E_MAX, E_MIN, EMAX, I_KIND, I_MBITS, I_MIN_EXP, I_MAX, I_SMALL
+    if FORM == "columns":  # one scale for all steps
+        start, first, column, live, cell = tile(
+            n, width, block, parts, blocks, inner, block_0, block_1, grid_1, 0, STEPS, G, W, FORM
         )
-    scale, _, zero = block_scale(
-        amax, amin, outer, table_ptr, E_MAX, E_MIN, EMAX, ZERO, SCALE, RULE, I_KIND, I_MBITS, I_MIN_EXP, I_MAX, I_SMALL
-    )
-    if CLIP:
-        grad = tl.load(grad_ptr + (start + w), mask=here, other=0.0)
-        y = tl.where((x >= (E_MIN - zero) * scale) & (x <= (E_MAX - zero) * scale), grad, 0.0)
-    else:
-        y = round_to(x, scale, zero, table_ptr, E_MAX, E_MIN, KIND, MBITS, MIN_EXP, ZERO, SCALE)
-    tl.store(y_ptr + (start + w), y.to(y_ptr.dtype.element_ty), mask=here)
+        exists = cell < width
+        amax, amin = tile_range(0.0, cell, exists, amax_ptr, amin_ptr, ZERO, False)
+        scale, stored, zero = block_scale(
+            amax, amin, outer, table_ptr, E_MAX, E_MIN, EMAX, ZERO, SCALE, RULE, I_KIND, I_MBITS, I_MIN_EXP, I_MAX, I_SMALL
+        )
+    for step in range(STEPS):
+        start, first, column, live, cell = tile(
+            n, width, block, parts, blocks, inner, block_0, block_1, grid_1, step, STEPS, G, W, FORM
+        )
+        here = inside(w, first, column, live, width, block, FORM)
+        x = tl.load(x_ptr + (start + w), mask=here, other=0.0).to(tl.float32)
+        if ROTATE > 0:
+            x = rotated_tile(x, ROTATE, G, C, V).to(x_ptr.dtype.element_ty).to(tl.float32)
+        if FORM != "columns":
+            exists = True if FORM == "tiles" else live
+            amax, amin = tile_range(x, cell, exists, amax_ptr, amin_ptr, ZERO, FIND)
+        if FIND and RULE == "46":
+            amax, q, y = better_of_two(
+                x,
+                amax,
+                outer,
+                table_ptr,
+                KIND,
+                MBITS,
+                MIN_EXP,
+                E_MAX,
+                E_MIN,
+                EMAX,
+                I_KIND,
+                I_MBITS,
+                I_MIN_EXP,
+                I_MAX,
+                I_SMALL,
+                short,
+            )
+        else:
+            if FORM != "columns":
+                scale, stored, zero = block_scale(
+                    amax,
+                    amin,
+                    outer,
+                    table_ptr,
+                    E_MAX,
+                    E_MIN,
+                    EMAX,
+                    ZERO,
+                    SCALE,
+                    RULE,
+                    I_KIND,
+                    I_MBITS,
+                    I_MIN_EXP,
+                    I_MAX,
+                    I_SMALL,
+                )
+            if CLIP:
+                grad = tl.load(grad_ptr + (start + w), mask=here, other=0.0)
+                y = tl.where((x >= (E_MIN - zero) * scale) & (x <= (E_MAX - zero) * scale), grad, 0.0)
+            else:
+                y = round_to(x, scale, zero, table_ptr, E_MAX, E_MIN, KIND, MBITS, MIN_EXP, ZERO, SCALE, short)
+        tl.store(y_ptr + (start + w), y.to(y_ptr.dtype.element_ty), mask=here)
 
 
 def fake_quantize(
@@ -94,6 +149,16 @@ def fake_quantize(
     law.check(x, fmt)
     out = _launch(x, None, fmt, amax, global_amax, amin)
     return reference.fake_quantize(x, fmt, amax, global_amax, amin) if out is None else out
+
+
+def rotated(
+    x: Tensor, size: int, fmt: Format, amax: Tensor | None, global_amax: Tensor | None, amin: Tensor | None
+) -> Tensor | None:
+    """Return `x` with blocks of `size` transformed (see `kernels.hadamard`), then rounded; None where one pass cannot do it."""
+    law.check(x, fmt)
+    if planning.rotates(x, fmt, size, amax, global_amax, amin) is None:
+        return None
+    return _launch(x, None, fmt, amax, global_amax, amin, size.bit_length() - 1)
 
 
 def clipped_gradient(
@@ -111,6 +176,7 @@ def _launch(
     amax: Tensor | None,
     global_amax: Tensor | None,
     amin: Tensor | None,
+    rotate: int = 0,
 ) -> Tensor | None:
     found = amax_kernel.ranges(x, fmt, amax, global_amax, amin)
     if found is None:
@@ -119,14 +185,11 @@ def _launch(
     like = x if grad is None else grad.contiguous()
     out = torch.empty_like(like, memory_format=torch.contiguous_format)
     amax, global_amax, amin, given = found
-    plan = planning.layout_of(x, fmt, whole=amax is None)
-    if isinstance(plan, str):
+    launch = _prepared(x.shape, x.dtype, like.dtype, x.device, fmt.text, amax is None, given, grad is not None, rotate)
+    if launch is None:
         return None
-    constants = plan.constants | planning.scale_constants(fmt, x.device, given) | {"FIND": amax is None, "CLIP": grad is not None}
-    if amax is None and fmt.rule == "46":
-        constants["num_warps"] *= 2  # two roundings of a tile: at 32 elements a thread they need 186 registers
     table = planning.nf4_table(x.device) if fmt.element.kind == "codebook" else out
-    _fake_quantize[plan.programs](
+    launch(
         x,
         like,
         out,
@@ -134,7 +197,27 @@ def _launch(
         out if amin is None else amin,
         out if global_amax is None else global_amax,
         table,
-        *plan.arguments,
-        **constants,
     )
     return out
+
+
+@functools.lru_cache(maxsize=4096)
+def _prepared(
+    shape: torch.Size,
+    dtype: torch.dtype,
+    grad_dtype: torch.dtype,
+    device: torch.device,
+    text: str,
+    found: bool,
+    given: bool,
+    clip: bool,
+    rotate: int,
+) -> Launch | None:
+    """Return the launch for tensors of one kind; `found`: the kernel finds the ranges. The types tell kinds apart."""
+    fmt = parse(text)
+    plan = planning.layout(tuple(shape), fmt.block.sizes(shape) if len(shape) else (), found)
+    if isinstance(plan, str):
+        return None
+    plan = planning.shortened(plan, fmt, found)
+    constants = plan.constants | planning.scale_constants(fmt, device, given) | {"FIND": found, "CLIP": clip, "ROTATE": rotate}
+    return Launch(_fake_quantize, plan.programs[0], plan.arguments, constants)
