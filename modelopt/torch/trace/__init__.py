@@ -15,6 +15,8 @@ _WHERE = {
     "analyzer": "analyze_symbols Analyzer",
     "axes": "Axes Family infer_axes",
     "sharing": "shared_inputs",
+    "equalization": "equalization_pairs EqualizationPair",
+    "rotation": "rotation_axes RotationAxis",
 }
 _NAMES = {name: module for module, names in _WHERE.items() for name in names.split()}
 _SUBMODULES = ("axes", "inputs", "modules", "plugins", "tracer")
