@@ -89,6 +89,20 @@ class _Goal:
     cut: Cut
 
 
+def expressions(model: nn.Module) -> dict[tuple[str, int], Expr]:
+    """Return {(parameter, dim): expression of config attributes} where the constructor shows it; empty without a config."""
+    builder = builder_of(model)
+    if builder is None:
+        return {}
+    try:
+        run = _Construction(*builder)
+    except _Refusal:
+        return {}
+    if run.shapes != _shapes(model, {}):
+        return {}
+    return {place: expr for place, expr in run.dims.items() if any(True for _ in leaves(expr))}
+
+
 def builder_of(model: nn.Module) -> tuple[str, Any, Build] | None:
     """Return (name of the attribute, config, function that builds such a model from such a config), or None."""
     for name in ("config", "_internal_dict", "cfg", "args", "hparams"):

@@ -12,6 +12,7 @@ from torch import nn
 
 from modelopt.torch.trace.axes import infer_axes
 from modelopt.torch.trace.axes.apply import describe, reapply
+from modelopt.torch.trace.axes.uniform import config_ties
 from tests.torch.trace.axes.halving import half, pruned_by_half
 
 transformers = pytest.importorskip("transformers")
@@ -132,6 +133,18 @@ def test_a_constant_made_of_a_size_is_not_lost():
     changes = pruned_by_half(model, (), {"input_ids": IDS})[1]
     assert "embed_scale" in changes.config  # sqrt(hidden_size), which a model built from the new config would compute anew
     assert pruned_by_half(model, (), {"input_ids": IDS}, width=False)[1].config == "The config describes the pruned model."
+
+
+def test_families_that_one_config_ties():
+    model = llama(num_hidden_layers=3).eval()
+    axes = infer_axes(model, (), {"input_ids": IDS})
+    sizes = {f.name: f.size for f in axes.families}
+    ties = config_ties(axes, model)
+    assert all(sizes[a] == sizes[b] for a, b in (t.families for t in ties))
+    ffn = {n for t in ties for n in t.families if sizes[n] == 48}
+    heads = {n for t in ties for n in t.families if sizes[n] == 2}
+    assert len(ffn) == 3 and len(heads) >= 3
+    assert config_ties(infer_axes(nn.Linear(3, 3), (torch.zeros(1, 3),)), nn.Linear(3, 3)) == ()
 
 
 @dataclass
