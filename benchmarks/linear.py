@@ -1,7 +1,8 @@
-"""Linear layers on packed codes against bf16 `F.linear`: `python -m benchmarks.linear [--large] [--case PART] [--json FILE]`.
+"""Linear layers on packed codes against bf16: `python -m benchmarks.linear [--large] [--experts] [--rows M] [--case PART] ...`.
 
 Each figure is microseconds per call in a CUDA graph of many calls (median of replays), with enough copies of the weight in turn
-that none is found in the L2 cache; quantization of the input is included. Ratios are bf16 time over ours.
+that none is found in the L2 cache; quantization of the input is included. Ratios are the time of `F.linear` over ours.
+`--experts`: the products of 8 fused experts against `torch._grouped_mm`, as many rows for each (under 8 rows: one for as many).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from modelopt.numerics import parse
 from modelopt.torch import kernels
 
 SHAPES = ((14336, 4096), (4096, 14336))
-LARGE = ((28672, 8192), (8192, 28672))
+LARGE = ((28672, 8192), (8192, 28672), (10240, 8192))
 ROWS = (1, 16, 64, 1024, 4096)
 CASES = {  # name -> (weight, input, input amax)
     "INT4 g128": ("i4[128]*f32", "", None),
@@ -63,12 +64,12 @@ def measure(calls: list[Callable[[], object]], count: int) -> float:
     return sorted(times)[len(times) // 2]
 
 
-def rows_of(shapes: tuple[tuple[int, int], ...], cases: list[str]) -> list[dict[str, object]]:
+def rows_of(shapes: tuple[tuple[int, int], ...], cases: list[str], rows: tuple[int, ...]) -> list[dict[str, object]]:
     """Measure every case at every shape and return one record each."""
     found: list[dict[str, object]] = []
     for n, k in shapes:
         dense = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) * 0.02 for _ in range(4)]
-        inputs = {m: torch.randn(m, k, device="cuda", dtype=torch.bfloat16) for m in ROWS}
+        inputs = {m: torch.randn(m, k, device="cuda", dtype=torch.bfloat16) for m in rows}
         base = {m: measure([functools.partial(F.linear, x, w) for w in dense], 12 if m > 64 else 24) for m, x in inputs.items()}
         for name in cases:
             for m, us, how in case_of(name, dense[0], inputs):
@@ -90,28 +91,57 @@ def case_of(name: str, weight: torch.Tensor, inputs: dict[int, torch.Tensor]) ->
         yield m, measure(calls, len(copies) * (1 if m > 64 else 4)), kernels.explain_linear(x, parts, text, n, given)
 
 
+def experts_of(n: int, k: int, cases: list[str], rows: tuple[int, ...], experts: int = 8) -> list[dict[str, object]]:
+    """Measure the products of fused experts [experts, n, k] and return one record for each case and number of rows."""
+    found: list[dict[str, object]] = []
+    dense = torch.randn(experts, n, k, device="cuda", dtype=torch.bfloat16) * 0.02
+    for name in cases:
+        text, given, top = CASES[name]
+        amax = None if top is None else torch.tensor(top, device="cuda")
+        parts = [torch.stack(p) for p in zip(*(kernels.quantize(w, text) for w in dense), strict=True)]
+        for m in rows:
+            x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+            counts = [m // experts] * experts if m >= experts else [1] * m + [0] * (experts - m)
+            offsets = torch.tensor([0, *counts], device="cuda").cumsum(0).to(torch.int32)
+            ends, matrices = offsets[1:].clone(), dense.transpose(1, 2)
+            base = measure([functools.partial(torch._grouped_mm, x, matrices, offs=ends)], 6)
+            us = measure([functools.partial(kernels.quantized_grouped_linear, x, offsets, parts, text, n, None, given, amax)], 6)
+            how = kernels.explain_grouped(x, parts, text, n, given)
+            found.append(
+                {"case": f"8 experts, {name}", "N": n, "K": k, "M": m, "us": us, "bf16": base, "ratio": base / us, "path": how}
+            )
+    return found
+
+
 def print_table(records: list[dict[str, object]]) -> None:
     """Print the ratios, one line for each case and shape."""
     print("bf16 F.linear, us: " + str({(r["N"], r["K"], r["M"]): round(float(str(r["bf16"])), 1) for r in records}))
-    print(f"{'':36}{'N, K':>14}" + "".join(f"{'M=' + str(m):>16}" for m in ROWS))
+    rows = sorted({int(str(r["M"])) for r in records})
+    print(f"{'':44}{'N, K':>14}" + "".join(f"{'M=' + str(m):>16}" for m in rows))
     lines: dict[tuple[object, ...], list[str]] = {}
     for r in records:
         cell = f"{float(str(r['ratio'])):.2f} ({float(str(r['us'])):.1f})"
         lines.setdefault((r["case"], r["N"], r["K"]), []).append(f"{cell:>16}")
     for (case, n, k), cells in lines.items():
-        print(f"{case:36}{str(n) + ', ' + str(k):>14}" + "".join(cells))
+        print(f"{case:44}{str(n) + ', ' + str(k):>14}" + "".join(cells))
 
 
 def main() -> None:
     """Measure, print the table, and write the records as JSON."""
     options = argparse.ArgumentParser(description=__doc__)
-    options.add_argument("--large", action="store_true", help="the 70B shapes too")
+    options.add_argument("--large", action="store_true", help="the 70B shapes instead")
+    options.add_argument("--experts", action="store_true", help="fused experts instead")
+    options.add_argument("--rows", type=int, action="append", help="only these numbers of rows")
     options.add_argument("--json", default="", help="where to write the records")
     options.add_argument("--case", action="append", help="only these cases (a part of the name)")
     chosen = options.parse_args()
     torch.manual_seed(0)
     cases = [c for c in CASES if not chosen.case or any(part in c for part in chosen.case)]
-    records = rows_of(SHAPES + (LARGE if chosen.large else ()), cases)
+    rows = tuple(chosen.rows or ROWS)
+    if chosen.experts:
+        records = experts_of(*SHAPES[0], cases, rows)
+    else:
+        records = rows_of(LARGE if chosen.large else SHAPES, cases, rows)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
     print_table(records)
     if chosen.json:

@@ -124,6 +124,16 @@ def test_scales_are_copied_in_the_largest_units_that_divide_them():
     assert skinny.constants(read, False, 0, 88, (0, 0), True, [(0, 44), (44, 88)])["SVECTOR"] == 16
 
 
+def test_without_the_compiler_there_is_a_reason_and_an_error(monkeypatch):
+    from modelopt.core.errors import MissingDependencyError
+    from modelopt.torch.kernels.matmul import cuda, skinny
+
+    monkeypatch.setattr(cuda, "_nvrtc", lambda: None)
+    assert "libnvrtc" in str(cuda.why_not())
+    with pytest.raises(MissingDependencyError, match="libnvrtc"):
+        cuda.binary(skinny.source(), (), "sm_90a")
+
+
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a.double() - b).norm() / b.norm()).item()
 

@@ -80,7 +80,8 @@ def _run(
         return scaled_mm.block_scaled_linear(x, weight, fmt, n, bias, input_format, input_amax)
     kernel = fast_module("matmul") if x.is_cuda and not forced() else None
     if kernel is not None and kernel.why_not(x, weight, fmt, n) is None:
-        return kernel.quantized_linear(x, weight, fmt, n, bias, input_format, input_amax)
+        with torch.cuda.device(x.device):
+            return kernel.quantized_linear(x, weight, fmt, n, bias, input_format, input_amax)
     return reference.quantized_linear(x, weight, fmt, n, bias, input_format, input_amax)
 
 

@@ -66,7 +66,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) broad(
     return;
   }
 
-  const int my_row0 = row0 + 16 * warp;
+  const int my_row0 = row0 + 16 * warp, tile = (blockIdx.z * gridDim.x + blockIdx.x) * WARPS + warp;
+  const Ends ends = ends_of(my_row0, N, post, bias, lane);
+  if (splits > 1 && lane == 0) asm volatile("prefetch.global.L2 [%0];" ::"l"(locks + tile));
   const int groups = SCALED ? ((last * STEP - 1) / G - first * STEP / G + 1) : 0, group0 = first * STEP / G;
   const int stride = (groups * SBYTES + 15 & ~15 | 16), z_stride = (groups + 15 & ~15 | 16);
 #if SCALED
@@ -165,7 +167,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) broad(
   if (i < count) work(i, a0);
   asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
   add_sums();
-  const int tile = (blockIdx.z * gridDim.x + blockIdx.x) * WARPS + warp;
   if (splits > 1 && !combined(acc, parts + (u64)tile * splits * (NT * 32), locks + tile, split, splits, lane)) return;
-  finish(acc, my_row0, M, N, post, bias, x_scales ? x_scales + blockIdx.z * 8 * NT : nullptr, y, lane);
+  finish(acc, ends, my_row0, M, N, x_scales ? x_scales + blockIdx.z * 8 * NT : nullptr, y, lane);
 }

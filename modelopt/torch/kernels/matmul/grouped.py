@@ -111,7 +111,8 @@ def _run(
         from modelopt.torch.kernels.matmul import experts
 
         if experts.why_not(x, weight, fmt, n) is None:
-            return experts.product(x, offsets, weight, fmt, n, bias, input_format, input_amax)
+            with torch.cuda.device(x.device):
+                return experts.product(x, offsets, weight, fmt, n, bias, input_format, input_amax)
     return reference(x, offsets, weight, fmt, n, bias, input_format, input_amax)
 
 

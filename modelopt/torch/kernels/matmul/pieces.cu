@@ -248,18 +248,41 @@ __device__ __forceinline__ bool combined(float (&acc)[R][NT][4], float4* parts, 
   return true;
 }
 
+// What scales and shifts the rows of a warp at the end. Loaded first: a load that is issued behind those of W waits for them.
+struct Ends {
+  float factor[R][2], offset[R][2];
+};
+
+__device__ __forceinline__ float first_load(const float* from) {
+  float v;
+  asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(v) : "l"(from));
+  return v;
+}
+
+__device__ __forceinline__ Ends ends_of(int row0, int N, const float* post, const u16* bias, int lane) {
+  Ends ends;
+#pragma unroll
+  for (int r = 0; r < R; ++r)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = min(row0 + 16 * r + 8 * h + (lane >> 2), N - 1);
+      ends.factor[r][h] = FACTOR * (POST ? first_load(post + (POST == 2 ? row : 0)) : 1.0f);
+      u16 v = 0;
+      if (bias) asm volatile("ld.global.nc.u16 %0, [%1];" : "=h"(v) : "l"(bias + row));
+      ends.offset[r][h] = low(v);
+    }
+  return ends;
+}
+
 // Scale a warp's sums, add the bias, and store two neighbours of a row of y at once (rows and columns of 8 x 8 change places).
-__device__ __forceinline__ void finish(float (&acc)[R][NT][4], int row0, int M, int N, const float* post, const u16* bias, const float* x_scale,
-    u16* y, int lane) {
+__device__ __forceinline__ void finish(float (&acc)[R][NT][4], const Ends& ends, int row0, int M, int N, const float* x_scale, u16* y, int lane) {
   const int g = lane >> 2, t = lane & 3;
 #pragma unroll
   for (int r = 0; r < R; ++r)
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int row = row0 + 16 * r + 8 * h, safe = min(row + g, N - 1);
-      float factor = FACTOR, offset = 0.0f;
-      if (POST) factor *= post[POST == 2 ? safe : 0];
-      if (bias) offset = low(bias[safe]);
+      const int row = row0 + 16 * r + 8 * h;
+      const float factor = ends.factor[r][h], offset = ends.offset[r][h];
 #pragma unroll
       for (int n = 0; n < NT; ++n) {
         float a = acc[r][n][2 * h] * factor, b = acc[r][n][2 * h + 1] * factor;

@@ -12,8 +12,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) prepare(
   const int thread = threadIdx.x, m = blockIdx.x, rows = 8 * NT, steps = K / STEP;
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  if (!XKIND) asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
+  float given = XKIND && XRANGE != 1 ? first_load(x_amax + (XRANGE == 0 ? 0 : m)) : 0.0f;
   x += (u64)m * (K / 8);
   uint4 v[HOLD];
   float scale = 1.0f, top = 0.0f;
@@ -32,7 +33,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) prepare(
   __syncthreads();
   scale = row_scale(__uint_as_float(top_bits));
 #else
-  scale = row_scale(x_amax[XRANGE == 0 ? 0 : m]);
+  scale = row_scale(given);
+#endif
+#if XKIND && __CUDA_ARCH__ >= 900  // not before the loads have come: they would wait for those of W, which the next kernel begins with
+  asm volatile("griddepcontrol.launch_dependents;" ::"f"(scale + top) : "memory");
 #endif
   if (thread == 0 && blockIdx.y == 0) scales[m] = scale;
 #endif

@@ -80,6 +80,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) skinny(
     }
   };
   load_x(thread);
+  const Ends ends = ends_of(row0, N, post, bias, lane);
+  const float x_top = XKIND && XRANGE == 0 ? first_load(x_amax) : 0.0f;
+  if (splits > 1 && lane == 0) asm volatile("prefetch.global.L2 [%0];" ::"l"(locks + blockIdx.x * WR + wr));
 
   // Scales and zero points of this warp's rows and columns, then the first stages of the weight.
   const int groups = SCALED ? ((last * STEP - 1) / G - first * STEP / G + 1) : 0, group0 = first * STEP / G;
@@ -132,7 +135,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) skinny(
     for (int i = lane; i < K / 8; i += 32) top = fmaxf(top, largest(x[(u64)m * (K / 8) + i]));
     top = __uint_as_float(__reduce_max_sync(~0u, __float_as_uint(top)));
 #else
-    const float top = x_amax[XRANGE == 0 ? 0 : m];
+    const float top = XRANGE == 0 ? x_top : x_amax[m];
 #endif
     if (lane == 0) x_scale[m] = row_scale(top);
   }
@@ -142,6 +145,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) skinny(
   for (int i0 = thread;;) {
 #pragma unroll
     for (int u = 0; u < 4; ++u) {
+      if (XKIND && !SHIFTED && to[u] < 0) continue;
       const float by = XKIND && to[u] >= 0 ? x_scale[from_row[u]] : 1.0f;
       const u32 a = rounded(v[u].x, by), b = rounded(v[u].y, by), c = rounded(v[u].z, by), d = rounded(v[u].w, by);
 #if SHIFTED
@@ -289,5 +293,5 @@ extern "C" __global__ void __launch_bounds__(THREADS) skinny(
   }
   const int tile = blockIdx.x * WR + wr;
   if (splits > 1 && !combined(acc, parts + (u64)tile * splits * (R * NT * 32), locks + tile, split, splits, lane)) return;
-  finish(acc, row0, M, N, post, bias, XKIND ? x_scale : nullptr, y, lane);
+  finish(acc, ends, row0, M, N, XKIND ? x_scale : nullptr, y, lane);
 }

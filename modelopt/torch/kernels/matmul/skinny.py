@@ -136,7 +136,7 @@ def choose(
         warps, mine = wk * wr, steps // (wk * splits)
         if not 4 <= warps <= (28 if heavy and m == 1 else 16) or steps % (wk * splits):
             continue
-        for stage, depth in tables.STAGES[warps > 16]:
+        for stage, depth in tables.STAGES[0 if warps > 16 else 4 if read.each == 32 else 8]:
             if mine % stage or mine < stage * depth:
                 continue
             c = tables.Skinny(1, wk, wr, stage, depth, splits)
@@ -149,7 +149,11 @@ def choose(
             even = each / math.ceil(each) if each <= fit else each / fit / rounds
             active = min(fit, math.ceil(each)) * warps
             target = tables.WARPS[heavy]
-            score = even * min(1.0, active / target) - 0.02 * math.ceil(each) - 0.001 * abs(active - target)
+            score = (
+                even * min(1.0, active / target)
+                - 0.02 * math.ceil(each)
+                - 0.001 * max(target - active, (active - target) / 4 - 1)
+            )
             found.append((score - 0.5 * (splits > 1) - 0.1 * (rounds > 1) - 0.06 * (stage * depth < 4) - 0.1 * (stage == 1), c))
             break
     return max(found, key=lambda f: f[0])[1] if found else None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 FEW_ROWS = {9: 8, 8: 16}  # rows of x up to which `skinny.cu` serves, by the major compute capability (8: all but Hopper)
 FEW_ALONE = 4  # rows of x from which it leaves Hopper's `broad.cu` what would have to be split along K
 TENS_ROWS = 128  # rows of x up to which `broad.cu` serves
-CODES_ROWS = 128  # rows of x above which codes are multiplied with codes
+CODES_ROWS = 64  # rows of x above which codes are multiplied with codes
 EXPERT_ROWS = 16  # rows of x in all up to which the experts of a layer go through `skinny.cu`
 FAST_FP8 = True  # whether torch._scaled_mm may keep partial sums in the tensor cores' narrower accumulator
 
@@ -31,10 +31,11 @@ class Skinny:
 ALONG_K = (1, 2, 4, 7, 8, 14, 16)
 ALONG_ROWS = (1, 2, 4, 7, 8, 14)
 WARPS = {False: 14, True: 28}  # a multiprocessor's that hide the unpacking; True: scales meet the weights, twice the instructions
-STAGES = {
-    False: ((4, 2), (2, 2), (4, 1), (2, 1), (1, 2), (1, 1)),
-    True: ((4, 1), (2, 1), (1, 1)),
-}  # (S, DEPTH) to try in this order
+STAGES = {  # (S, DEPTH) to try in this order, by the bits of a code; 0: more than 16 warps
+    4: ((4, 2), (2, 2), (4, 1), (2, 1), (1, 2), (1, 1)),
+    8: ((2, 3), (2, 2), (4, 1), (2, 1), (1, 2), (1, 1)),
+    0: ((4, 1), (2, 1), (1, 1)),
+}
 
 
 @dataclass(frozen=True)
