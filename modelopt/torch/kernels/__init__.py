@@ -1,4 +1,4 @@
-"""Operators of the library: `torch.library` ops whose default is the plain-torch law; on a GPU Triton, and CUDA C++ compiled at run time.
+"""Operators of the library: `torch.library` ops; their default is the plain-torch law, on a GPU Triton and CUDA C++ kernels.
 
     fake_quantize(x, format, amax, global_amax, amin)   x rounded to what the format can hold; straight-through gradient
     quantize(x, format, ...) -> [codes, *scales, zero]  packed codes and scales          dequantize(parts, format, shape, dtype)
