@@ -15,8 +15,9 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from modelopt.torch.trace.axes import algebra
-from modelopt.torch.trace.axes.labels import Axis, LabelStore
+from modelopt.torch.trace.axes.labels import Axis, LabelStore, mix
 
+LONGEST = 1 << 16  # a longer dimension is a flattened weight, not a row of heads
 UNLINKED = "chosen by value, and no router beside it has as many rows"
 
 
@@ -73,15 +74,16 @@ def _runs(store: LabelStore, axes: Iterable[Axis]) -> tuple[dict[int, int], dict
     runs: dict[int, int] = {}
     partners: dict[int, set[int]] = defaultdict(set)
     for axis in dict.fromkeys(store.resolve(a) for a in axes):
-        if axis is None:
+        if axis is None or len(axis) > LONGEST:
             continue
         rows = store.rows(axis.ids)
         flat = rows.ravel()
         family = np.zeros(flat.shape, dtype=np.int64)
         family[flat != 0] = store.families_of(flat[flat != 0])
         family = family.reshape(rows.shape)
-        for mix in np.unique(family, axis=0).tolist():
-            present = sorted({f for f in mix if f})
+        _, first = np.unique(mix(family).sum(axis=1, dtype=np.uint64), return_index=True)
+        for row in family[first].tolist():
+            present = sorted({f for f in row if f})
             for f in present:
                 partners[f].update(g for g in present if g != f)
         for f in np.unique(family[family != 0]).tolist():

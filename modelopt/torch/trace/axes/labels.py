@@ -115,6 +115,31 @@ def _sorted(rows: Ids) -> Ids:
     return np.stack(columns, axis=1)
 
 
+class HashIndex:
+    """64-bit hashes to row numbers: sorted blocks, each at least twice as long as the next, so that few are searched."""
+
+    def __init__(self) -> None:
+        self._blocks: list[tuple[NDArray[np.uint64], Ids]] = []
+
+    def find(self, keys: NDArray[np.uint64]) -> Ids:
+        """The row of each hash, -1 where there is none. Sorted hashes are found much faster."""
+        out = np.full(len(keys), -1, dtype=np.int64)
+        for known, rows in self._blocks:
+            at = np.minimum(np.searchsorted(known, keys), len(known) - 1)
+            hit = known[at] == keys
+            out[hit] = rows[at[hit]]
+        return out
+
+    def add(self, keys: NDArray[np.uint64], rows: Ids) -> None:
+        """Add sorted hashes that are not in here."""
+        self._blocks.append((keys, rows))
+        while len(self._blocks) > 1 and len(self._blocks[-2][0]) < 2 * len(self._blocks[-1][0]):
+            (a, x), (b, y) = self._blocks.pop(), self._blocks.pop()
+            keys, rows = np.concatenate([b, a]), np.concatenate([y, x])
+            order = np.argsort(keys, kind="stable")  # two sorted runs: linear time
+            self._blocks.append((keys[order], rows[order]))
+
+
 class LabelStore:
     """Atoms, their bindings, the interned composites and the interned axes of one analysis."""
 
@@ -131,7 +156,7 @@ class LabelStore:
         self._axes: dict[Any, Axis] = {}
         self._table: Ids = np.zeros((256, 2), dtype=np.int64)
         self._used = 0
-        self._rows_by_hash: dict[int, int] = {}
+        self._index = HashIndex()
         self._done: Ids = np.zeros(256, dtype=np.int64)  # resolved id of each composite ...
         self._done_version: Ids = np.full(256, -1, dtype=np.int64)  # ... as of this version
         self.memo: dict[Any, Any] = {}
@@ -248,22 +273,19 @@ class LabelStore:
             return out
         rows = rows[many]
         hashes = np.where(rows != 0, mix(rows), np.uint64(0)).sum(axis=1, dtype=np.uint64)
-        _, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
-        order = np.argsort(first, kind="stable")
-        first = first[order]
-        rank = np.empty(len(order), dtype=np.int64)
-        rank[order] = np.arange(len(order))
-        keys = hashes[first].tolist()
-        found = [self._rows_by_hash.get(h, -1) for h in keys]
-        new = [i for i, k in enumerate(found) if k < 0]
-        if new:
-            self._append(rows[first[new]], [keys[i] for i in new])
-            for i, k in zip(new, range(self._used - len(new), self._used), strict=True):
-                found[i] = k
-        out[many] = (-1 - np.array(found, dtype=np.int64))[rank[inverse]]
+        keys, first, inverse = np.unique(hashes, return_index=True, return_inverse=True)
+        found = self._index.find(keys)
+        new = np.flatnonzero(found < 0)
+        if new.size:
+            seen = first[new]
+            order = np.argsort(seen)
+            found[new[order]] = np.arange(self._used, self._used + len(new))
+            self._append(rows[seen[order]])
+            self._index.add(keys[new], found[new])
+        out[many] = (-1 - found)[inverse]
         return out
 
-    def _append(self, rows: Ids, keys: list[int]) -> None:
+    def _append(self, rows: Ids) -> None:
         width, need = self._table.shape[1], self._used + len(rows)
         if rows.shape[1] > width or need > len(self._table):
             size = max(need, 2 * len(self._table)) if need > len(self._table) else len(self._table)
@@ -276,7 +298,6 @@ class LabelStore:
                 [self._done_version[: self._used], np.full(size - self._used, -1, dtype=np.int64)]
             )
         self._table[self._used : need, self._table.shape[1] - rows.shape[1] :] = rows
-        self._rows_by_hash.update(zip(keys, range(self._used, need), strict=True))
         self._used = need
 
     def atoms(self, ids: Ids) -> Ids:
