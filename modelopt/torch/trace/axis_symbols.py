@@ -153,6 +153,8 @@ def _lead(symbol: Symbol, cell: _Cell, axis: Axis, view: _View) -> None:
     symbol.family = cell.name
     symbol.step = max((len(p) for p in view.positions(axis, cell)), default=1)
     symbol._searchable = True
+    if len({slot.parameter.rpartition(".")[0] for slot in cell.slots}) > 1 and not symbol.is_cross_layer:
+        symbol.cl_type = Symbol.CLType.OUTGOING
 
 
 def _own_symbol(view: _View, cell: _Cell) -> Symbol:
