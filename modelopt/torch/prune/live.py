@@ -25,7 +25,16 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 NARROW = (torch.float32, torch.float16, torch.bfloat16)
-ALIASES = {"_unsafe_view", "unsafe_split", "unsafe_split_with_sizes", "lift_fresh", "_reshape_alias", "detach", "alias", "as_strided"}
+ALIASES = {
+    "_unsafe_view",
+    "unsafe_split",
+    "unsafe_split_with_sizes",
+    "lift_fresh",
+    "_reshape_alias",
+    "detach",
+    "alias",
+    "as_strided",
+}
 COPIES = {
     "clone", "_to_copy", "cumsum", "tril", "triu", "bernoulli", "native_dropout", "cumprod", "log_sigmoid_forward", "masked_fill",
     "_prelu_kernel", "hardswish", "linalg_solve_triangular",
@@ -39,6 +48,11 @@ MOVEMENT = re.compile(
 )
 CONTRACTIONS = {"mm", "bmm", "addmm", "baddbmm", "addbmm", "mv", "addmv", "dot", "_grouped_mm", "linear", "matmul"}
 BIASED = {"addmm", "baddbmm", "addbmm", "addmv"}
+SMOOTH = {  # strictly monotone, and positive where the original is
+    "aten::relu": torch.ops.aten.softplus.default, "aten::hardtanh": torch.ops.aten.softplus.default,
+    "aten::threshold": torch.ops.aten.softplus.default, "aten::hardsigmoid": torch.ops.aten.sigmoid.default,
+    "aten::hardswish": torch.ops.aten.silu.default,
+}  # fmt: skip
 LARGEST = {"amax", "argmax", "max", "topk", "sort", "_softmax", "_log_softmax", "_safe_softmax", "logsumexp", "argsort"}
 SMALLEST = {"amin", "argmin", "min", "kthvalue"}
 SUMS = {"sum", "linalg_vector_norm", "norm", "any", "count_nonzero", "nansum"}
@@ -62,17 +76,29 @@ def tensors_in(value: object) -> list[Tensor]:
 
 
 class Float64Mode(TorchDispatchMode):
-    """Widens every narrow float that a model asks for."""
+    """Widens every narrow float that a model asks for; `smooth` replaces activations that switch units off."""
+
+    def __init__(self, smooth: bool = False) -> None:
+        super().__init__()
+        self.smooth = smooth
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return func(*args, **widen(kwargs))
+        name = func._schema.name
+        if self.smooth and name.rstrip("_") in SMOOTH:
+            out = self.run(SMOOTH[name.rstrip("_")], args[:1], {})
+            return self.run(torch.ops.aten.copy_.default, (args[0], out), {}) if name.endswith("_") else out
+        return self.run(func, args, widen(kwargs))
+
+    def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Run one op."""
+        return func(*args, **kwargs)
 
 
-class LiveMode(TorchDispatchMode):
+class LiveMode(Float64Mode):
     """The dispatch mode of the module docstring: `mark` the dead entries of parameters, then run the model inside it."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, smooth: bool = False) -> None:
+        super().__init__(smooth)
         self._masks: dict[tuple[int, int], tuple[StorageWeakRef, Tensor]] = {}
         self.unknown: Counter[str] = Counter()
 
@@ -100,8 +126,8 @@ class LiveMode(TorchDispatchMode):
         view = entry[1].as_strided(tensor.size(), tensor.stride(), tensor.storage_offset())
         return view if bool(view.any()) else None
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = widen(kwargs)
+    def run(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Run one op on live and dead elements."""
         inputs = tensors_in(args) + tensors_in(list(kwargs.values()))
         if not self._masks or all(t.layout is not torch.strided or self.dead(t) is None for t in inputs):
             return func(*args, **kwargs)
@@ -345,5 +371,8 @@ RULES |= {
 }
 RULES |= {"mean": LiveMode._mean, "native_layer_norm": LiveMode._layer_norm, "native_group_norm": LiveMode._group_norm}
 RULES |= {"_fused_rms_norm": LiveMode._rms_norm}
-RULES |= dict.fromkeys(("_fft_r2c", "_fft_c2r", "_fft_c2c"), LiveMode._fft) | {"glu": LiveMode._glu, "_weight_norm_interface": LiveMode._weight_norm}
+RULES |= dict.fromkeys(("_fft_r2c", "_fft_c2r", "_fft_c2c"), LiveMode._fft) | {
+    "glu": LiveMode._glu,
+    "_weight_norm_interface": LiveMode._weight_norm,
+}
 RULES |= dict.fromkeys(NO_DATA, LiveMode._no_data)

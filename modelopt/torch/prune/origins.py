@@ -164,7 +164,7 @@ class Origins:
 
 
 @torch.no_grad()
-def perturb(model: nn.Module, seed: int) -> None:
+def perturb(model: nn.Module, seed: int, strength: float = 1.0) -> None:
     """Add noise to every parameter and running statistic, so that no value initialized to 0 or 1 hides a wrong channel."""
     generator = torch.Generator().manual_seed(seed)
     seen: set[int] = set()
@@ -178,4 +178,4 @@ def perturb(model: nn.Module, seed: int) -> None:
         fan_in = max(1, tensor.numel() // max(1, tensor.shape[0])) if tensor.dim() > 1 else 1
         scale = 0.3 * fan_in**-0.5 if tensor.dim() > 1 else 0.05
         noise = noise.abs() if name.endswith("running_var") else noise
-        tensor.data = torch.add(tensor.data, noise, alpha=scale)
+        tensor.data = torch.add(tensor.data, noise, alpha=strength * scale)

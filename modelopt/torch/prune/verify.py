@@ -4,8 +4,9 @@
     P = the pruned model, holding the same values          exact  <=>  max|P(x) - D(x)| <= tolerance * max|D(x)|
 
 It knows nothing of the pruner, only which entries survived. All parameters get noise first, so that the statement holds for the
-structure and not for values that happen to be 0 or 1. Families are proven by themselves: a permutation of the atoms of a family,
-in every tensor that it reaches, must leave D's outputs as they are.
+structure and not for values that happen to be 0 or 1. A second trial has more noise and smooth activations in both models, since
+a unit that ReLU has switched off would hide its mistakes; it counts unless it overflows. Families are proven by themselves: a
+permutation of the atoms of a family, in every tensor that it reaches, must leave D's outputs as they are.
 
 The models are not touched. Memory: two copies in float64 (8 bytes for each entry of the dense and of the pruned model), a byte
 for each entry of a tensor with dead entries, and the activations.
@@ -33,6 +34,7 @@ from modelopt.torch.prune.permute import permutation_error
 from modelopt.torch.trace.inputs import MODEL_ERRORS, resolve_inputs
 
 TOLERANCE = 1e-7
+STRENGTHS = (1.0, 3.0)  # of the noise of each trial
 
 
 @dataclass(frozen=True)
@@ -103,15 +105,22 @@ def verify_pruning(
     contradiction = origins.contradictions(trial, numbers)
     if contradiction:
         return VerifyReport(False, float("inf"), contradiction)
-    perturb(masked, seed)
-    moved, culprit = (None, None) if families is None else permutation_error(masked, families, call.run, tolerance)
-    origins.fill(trial, numbers)
-    dead = origins.dead(numbers)
-    with torch.no_grad():
+    dead, moved, culprit = origins.dead(numbers), None, None
+    report = VerifyReport(True, 0.0, "")
+    for trial_number, strength in enumerate(STRENGTHS):
+        perturb(masked, seed + trial_number, strength)
+        if families is not None and not trial_number:
+            moved, culprit = permutation_error(masked, families, call.run, tolerance)
+        origins.fill(trial, numbers)
         for tensor, mask in zip(origins.tensors, dead, strict=True):
             if mask is not None:
                 tensor.data = tensor.data.masked_fill(mask, 0)
-    report = _compare(masked, trial, list(zip(origins.tensors, dead, strict=True)), call, tolerance)
+        marks = list(zip(origins.tensors, dead, strict=True))
+        again = _compare(masked, trial, marks, call, tolerance, smooth=trial_number > 0)
+        if not trial_number or (again.checked and (not again.exact or again.error > report.error)):
+            report = again
+        if not report.exact:
+            break
     report = dataclasses.replace(report, permutation_error=moved)
     if culprit is not None:
         message = f"A permutation of the family {culprit} changes the outputs by {moved:.2g} of the largest. " + report.message
@@ -179,9 +188,9 @@ def _float64(value: Any) -> Any:
 
 
 def _compare(
-    masked: nn.Module, trial: nn.Module, dead: list[tuple[Tensor, Tensor | None]], call: _Call, tolerance: float
+    masked: nn.Module, trial: nn.Module, dead: list[tuple[Tensor, Tensor | None]], call: _Call, tolerance: float, smooth: bool
 ) -> VerifyReport:
-    mode = LiveMode()
+    mode = LiveMode(smooth)
     for tensor, mask in dead:
         mode.mark(tensor, mask)
     try:
@@ -189,7 +198,7 @@ def _compare(
     except MODEL_ERRORS as error:
         return VerifyReport(False, float("inf"), f"The dense model does not run in float64: {_describe(error)}")
     try:
-        got = outputs_of(call.run(trial))
+        got = outputs_of(call.run(trial, Float64Mode(smooth)))
     except MODEL_ERRORS as error:
         return VerifyReport(False, float("inf"), f"The pruned model does not run: {_describe(error)}")
     unknown = dict(mode.unknown)
@@ -198,6 +207,8 @@ def _compare(
             False, float("inf"), f"The outputs are {sorted(got)} instead of {sorted(wanted)}.", unknown_ops=unknown
         )
     whole = results(wanted)
+    if not all(bool(wanted[name].isfinite().all()) for name in whole) and smooth:
+        return VerifyReport(True, 0.0, "The outputs are not finite.", unknown_ops=unknown)
     worst, reduced = 0.0, []
     for name, tensor in wanted.items():
         error, smaller = difference(tensor, got[name], mode.dead(tensor))
@@ -209,7 +220,7 @@ def _compare(
     if worst <= tolerance:
         message = f"{len(wanted)} outputs agree to {worst:.1e} of the largest value."
         return VerifyReport(True, worst, message, None, None, len(wanted), tuple(reduced), unknown)
-    where = _first_difference(masked, trial, mode, call, tolerance)
+    where = _first_difference(masked, trial, mode, call, tolerance, smooth)
     message = (
         f"The outputs differ by {worst:.2g} of the largest value{f'; the first module to differ is {where}' if where else ''}."
     )
@@ -218,7 +229,9 @@ def _compare(
     return VerifyReport(False, worst, message, None, where, len(wanted), tuple(reduced), unknown)
 
 
-def _first_difference(masked: nn.Module, trial: nn.Module, mode: LiveMode, call: _Call, tolerance: float) -> str | None:
+def _first_difference(
+    masked: nn.Module, trial: nn.Module, mode: LiveMode, call: _Call, tolerance: float, smooth: bool
+) -> str | None:
     """Return the first module, in the order in which calls end, whose output differs, and how."""
     seen: dict[tuple[str, int], dict[str, Tensor]] = {}
     found: list[str] = []
@@ -240,7 +253,7 @@ def _first_difference(masked: nn.Module, trial: nn.Module, mode: LiveMode, call:
                 return
 
     with _watch(trial, record):
-        call.run(trial)
+        call.run(trial, Float64Mode(smooth))
     with _watch(masked, compare):
         call.run(masked, mode)
     return found[0] if found else None

@@ -10,8 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from benchmarks.zoo import build
 from modelopt.core.errors import ConfigError
 from modelopt.torch.prune.verify import verify_pruning
+from modelopt.torch.trace.axes import infer_axes
 
 
 def cut(model: nn.Module, kept: dict) -> nn.Module:
@@ -293,3 +295,37 @@ def test_a_pruned_model_alone_proves_nothing() -> None:
     dense = Conv()
     report = verify_pruning(dense, cut(dense, CONV), dummy_input=IMAGE, kept={})
     assert not report.exact and "a.weight of the pruned model is" in report.message
+
+
+@pytest.mark.parametrize("name", ["residual", "attention"])
+def test_every_single_mistake_of_a_cut_is_seen(name: str) -> None:
+    """Each dimension of each tensor that the pruner cut is cut wrongly in turn: another index kept, or two exchanged."""
+    example = build("plain", name)
+    axes = infer_axes(example.model, example.args)
+    drop, _ = axes.relax({a for f in axes.families for a in f.atoms[::2]})
+    pruned, kept, dense = (
+        copy.deepcopy(example.model),
+        axes.kept(drop),
+        dict(example.model.named_parameters(remove_duplicate=False)),
+    )
+    axes.apply(pruned, drop)
+    assert verify_pruning(example.model, pruned, dummy_input=example.args, kept=kept).exact
+    mistakes = 0
+    for parameter, dims in kept.items():
+        tied = [n for n, p in dense.items() if p is dense.get(parameter)]
+        for dim, indices in enumerate(dims):
+            if indices is None or parameter not in dense or len(indices) in (1, dense[parameter].shape[dim]):
+                continue
+            if ".1." in parameter or ".2." in parameter:  # blocks like the first one
+                continue
+            lost = sorted(set(range(dense[parameter].shape[dim])) - {int(i) for i in indices})
+            for other in ([*indices[:-1], lost[0]], [indices[1], indices[0], *indices[2:]]):
+                changed = tuple(other if d == dim else k for d, k in enumerate(dims))
+                broken, data = copy.deepcopy(pruned), dense[parameter].data
+                for d, index in enumerate(changed):
+                    data = data if index is None else data.index_select(d, torch.as_tensor([int(i) for i in index]))
+                broken.get_parameter(parameter).data = data
+                report = verify_pruning(example.model, broken, dummy_input=example.args, kept=kept | dict.fromkeys(tied, changed))
+                assert not report.exact, (parameter, dim, report)
+                mistakes += 1
+    assert mistakes > 20
