@@ -1,7 +1,8 @@
 """The Walsh-Hadamard transform in one pass: a program holds whole blocks, and each stage of butterflies works within threads.
 
 At most five bits of the index are transformed while they lie in a thread's registers; then the tile is laid out anew (shuffles or
-shared memory), so that the next five do. H_m is multiplied by tensor cores with x in two parts of tf32.
+shared memory), so that the next five do. H_m, padded with zeros to a power of two, is multiplied in float32 (no tensor cores, whose
+sums of tf32 parts are not rounded as float32 sums are).
 """
 
 from __future__ import annotations
@@ -61,8 +62,7 @@ def _hadamard(
         x = butterflies(x, PADDED * G * power, BITS).reshape(PADDED, G * power)
     if M > 1:
         h = tl.load(matrix_ptr + j * PADDED + tl.arange(0, PADDED)[None, :])
-        coarse = (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)  # the 11 bits of tf32; 13 are left
-        x = tl.dot(h, x - coarse, acc=tl.dot(h, coarse, input_precision="tf32"), input_precision="tf32")
+        x = tl.dot(h, x, input_precision="ieee")
     y = x * scale
     if SIGNS and INVERSE:
         y *= signs
