@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from modelopt.torch.trace.axes.families import Axes, make_axes
+from modelopt.torch.trace.axes.probe import reach_idle, seeded
 from modelopt.torch.trace.axes.provenance import Provenance
 from modelopt.torch.trace.axes.record import Recorder
-from modelopt.torch.trace.inputs import quiet_run, without_weights
+from modelopt.torch.trace.inputs import MODEL_ERRORS, quiet_run, without_weights
 
 
 def infer_axes(
@@ -34,8 +34,9 @@ def infer_axes(
     recorder = Recorder(model, lift=lift, record_ops=record_ops)
     try:
         with quiet_run(model), without_weights(model), recorder, Provenance(model, recorder) as provenance:
-            torch.manual_seed(0)
-            output = model(*args, **(kwargs or {}))
+            run = seeded(model, args, kwargs or {})
+            output = run()
+            reach_idle(model, recorder, run, MODEL_ERRORS)
         recorder.freeze_outputs(output)
         axes = make_axes(recorder, output)
         axes.provenance = provenance

@@ -11,7 +11,7 @@ import os
 import re
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -121,6 +121,9 @@ class Recorder(TorchDispatchMode):
         self.ops: list[OpCall] | None = [] if record_ops else None
         self.names = {id(m): n for n, m in reversed(list(model.named_modules(remove_duplicate=False)))}
         self.stack: list[str] = []
+        self.ran: set[int] = set()  # ids of modules
+        self.reached: set[int] = set()  # ids of parameters that an op has read
+        self.on_leave: Callable[[nn.Module, Any, Any, Any], None] | None = None
         self._leaf = 0
         self._number = 0
         self._op = ""
@@ -226,7 +229,8 @@ class Recorder(TorchDispatchMode):
 
     def _apply(self, call: Call, rule: Rule | None, inputs: list[torch.Tensor]) -> None:
         outputs = call.outputs()
-        static = all(self._info(t).static for t in inputs)
+        static = all([self._info(t).static for t in inputs])  # noqa: C419  (each input must be known before its op)
+        self.reached.update(id(t) for t in inputs if id(t) in self.parameter_names)
         if rule is None:
             axes = None
             self.unsupported(call, inputs, outputs)
@@ -269,6 +273,7 @@ class Recorder(TorchDispatchMode):
         return self._op, self.module, user_line()
 
     def _enter_module(self, module: nn.Module, args: Any) -> None:
+        self.ran.add(id(module))
         self.stack.append(self.names.get(id(module), ""))
         if self._leaf or MODULE_RULES.match(module) is not None:
             self._leaf += 1
@@ -286,6 +291,8 @@ class Recorder(TorchDispatchMode):
             inputs = tuple(self.ref(t) for t in [*tensors(args), *tensors(kwargs)])
             outputs = tuple(self.ref(t) for t in tensors(output))
             self.calls.append(ModuleCall(name, type(module).__name__, inputs, outputs))
+            if self.on_leave is not None:
+                self.on_leave(module, args, kwargs, output)
 
     def __enter__(self) -> Recorder:
         self._fast = torch.backends.mha.get_fastpath_enabled()

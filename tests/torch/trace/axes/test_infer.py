@@ -209,3 +209,47 @@ def test_without_weights() -> None:
         model = nn.Sequential(nn.Linear(64, 4096), nn.ReLU(), nn.Linear(4096, 8))
     axes = infer_axes(model, (torch.zeros(2, 64, device="meta"),))
     assert [(f.name, f.kind, f.size) for f in axes.families] == [("0.bias.0", "ffn", 4096)]
+
+
+class Mixture(nn.Module):
+    """Experts in a ModuleList, of which only those run that a token chose."""
+
+    def __init__(self, whole: bool) -> None:
+        super().__init__()
+        self.embed, self.gate, self.head = nn.Linear(5, 8), nn.Linear(8, 4), nn.Linear(8, 3)
+        parts = [{"up": nn.Linear(8, 6), "down": nn.Linear(6, 8)} for _ in range(4)]
+        self.experts = nn.ModuleList(nn.Sequential(p["up"], nn.ReLU(), p["down"]) if whole else nn.ModuleDict(p) for p in parts)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.embed(x)
+        best = int(self.gate(x).mean(0).argmax())
+        expert = self.experts[best]
+        y = expert["down"](expert["up"](x).relu()) if isinstance(expert, nn.ModuleDict) else expert(x)
+        return self.head(x + y)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_idle_experts_follow_the_one_that_ran(whole: bool) -> None:
+    torch.manual_seed(0)
+    model = Mixture(whole).double()
+    axes = infer_axes(model, (r(2, 5),))
+    hidden = axes.family("embed.bias.0")
+    slots = {(s.parameter, s.dim) for s in hidden.slots}
+    first, last = ("0", "2") if whole else ("up", "down")
+    assert {(f"experts.{e}.{first}.weight", 1) for e in range(4)} | {(f"experts.{e}.{last}.weight", 0) for e in range(4)} <= slots
+    widths = [f for f in axes.families if f.size == 6]
+    assert len(widths) == (4 if whole else 1), "run as a whole, each expert has a width of its own"
+    assert sum(c.name.startswith("experts") for c in axes.calls) == (4 if whole else 2), "probes are not calls"
+
+
+def test_stacked_experts_that_no_token_reached_keep_what_they_read() -> None:
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        return m.head(m.moe(m.embed(x)))
+
+    def skip(m: Any, x: torch.Tensor) -> torch.Tensor:
+        return x @ m.stack[0] if m.chosen else x
+
+    moe = Body(skip, stack=r(4, 8, 8), chosen=False)
+    axes = infer_axes(Body(forward, embed=nn.Linear(5, 8), moe=moe, head=nn.Linear(8, 3)).double(), (r(2, 5),))
+    assert not axes.families
+    assert any("not reached" in f.reason for f in axes.frozen)
