@@ -32,9 +32,8 @@ def rows(page: str) -> list[tuple[str, list[float | None]]]:
 def svg(data: list[tuple[str, list[float | None]]]) -> str:
     """Return the figure: a row per format, a bar per op, a tick at its goal."""
     height = TOP + ROW * len(data) + 30
-    out = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{LEFT + WIDE + 60}" height="{height}" font-family="sans-serif" font-size="12">'
-    ]
+    size = f'width="{LEFT + WIDE + 60}" height="{height}"'
+    out = [f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="12">']
     out.append(f'<rect width="100%" height="{height}" fill="white"/>')
     for i, (op, (color, _)) in enumerate(OPS.items()):
         out.append(f'<rect x="{LEFT + 130 * i}" y="14" width="12" height="12" fill="{color}"/>')

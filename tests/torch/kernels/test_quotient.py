@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from fractions import Fraction
 
+from modelopt.numerics.elements import NF4_TABLE
+
 ONE = Fraction(1)
 
 
@@ -42,3 +44,10 @@ def test_no_short_quotient_crosses_a_tie():
         border, a, scale = Fraction(tie, 2**26), Fraction(wide, 2**49), Fraction(s, 2**23)
         exact, got = rounded(a / scale), fast(a, scale)
         assert (got > border, got < border) == (exact > border, exact < border)
+
+
+def test_pieces_of_nf4_have_one_border_each_and_none_at_an_end():
+    """What `triton_plan.nf4_table` and `triton_math.nf4_place` rely on."""
+    places = [(a + b) / 2 * 15.5 + 15.5 for a, b in zip(NF4_TABLE, NF4_TABLE[1:], strict=False)]
+    assert len({round(p) for p in places}) == 15
+    assert min(abs(p % 1 - 0.5) for p in places) > 1e-3

@@ -1,8 +1,8 @@
 """The Walsh-Hadamard transform in one pass: a program holds whole blocks, and each stage of butterflies works within threads.
 
 At most five bits of the index are transformed while they lie in a thread's registers; then the tile is laid out anew (shuffles or
-shared memory), so that the next five do. H_m, padded with zeros to a power of two, is multiplied in float32 (no tensor cores, whose
-sums of tf32 parts are not rounded as float32 sums are).
+shared memory), so that the next five do. H_m, padded with zeros to a power of two, is multiplied in float32: tensor cores do not
+round the sums of tf32 parts as float32 sums are rounded.
 """
 
 from __future__ import annotations
