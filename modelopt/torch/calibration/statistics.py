@@ -230,8 +230,6 @@ class Histogram(Statistic):
         if not torch.isfinite(peak):  # the caller reports it by name; there is no bin for it
             return torch.zeros(self.num_bins, dtype=torch.int64), torch.tensor(-126), peak
         exponent = _exponent_above(float(peak))
-        if x.is_cuda and exponent > -100 and self.num_bins <= 32768:  # one read, exact counts; the scale of the bins stays finite
-            return kernels.histogram(x, self.num_bins, 2.0**exponent)[0].cpu(), torch.tensor(exponent), peak
         counts = torch.histc(magnitude, self.num_bins, 0.0, 2.0**exponent) if magnitude.numel() else torch.zeros(self.num_bins)
         if magnitude.numel() >= 1 << 24:  # float32 counts are exact below 2^24 only
             index = (magnitude * (self.num_bins / 2.0**exponent)).to(torch.int64).clamp_(max=self.num_bins - 1)
