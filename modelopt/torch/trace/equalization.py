@@ -41,7 +41,7 @@ class EqualizationPair:
         """Multiply and divide the parameters of `model`, in place, by positive `factors` [size]. Raises ShapeError."""
         if tuple(factors.shape) != (self.size,) or not bool((factors > 0).all()):
             raise ShapeError(f"{self.name} takes {self.size} positive factors; given were {tuple(factors.shape)}.")
-        parameters = dict(unwrap_model(model).named_parameters())
+        parameters: dict[str, Tensor] = dict(unwrap_model(model).named_parameters())
         padded = torch.cat([factors, factors.new_ones(1)])
         with torch.no_grad():
             for slots, values in ((self.producers, padded), (self.consumers, 1 / padded)):

@@ -68,25 +68,29 @@ class Flow(TorchDispatchMode):
 
     def same(self, a: Tensor, b: Tensor) -> None:
         """Channels at equal places are scaled alike; where only one side has a number, it is dead."""
-        pairs = torch.stack([a.reshape(-1), b.reshape(-1)], 1).unique(dim=0)
-        for one, two in pairs.tolist():
+        if torch.equal(a, b):
+            return
+        base = len(self.up) + 1
+        for code in ((a + 1).reshape(-1) * base + (b + 1).reshape(-1)).unique().tolist():
+            one, two = code // base - 1, code % base - 1
             if one < 0 or two < 0:
-                self.dead |= {n for n in (one, two) if n >= 0}
+                self.dead |= {self.find(n) for n in (one, two) if n >= 0}
             elif (first := self.find(one)) != (second := self.find(two)):
-                self.up[max(first, second)] = min(first, second)
+                low, high = min(first, second), max(first, second)
+                self.up[high] = low
+                if high in self.dead:
+                    self.dead.add(low)
 
     def kill(self, numbers: Tensor | None) -> None:
         """These channels meet something that does not keep their scale."""
         if numbers is not None:
-            self.dead.update(n for n in numbers.unique().tolist() if n >= 0)
+            self.dead.update(self.find(n) for n in numbers.unique().tolist() if n >= 0)
 
     def alive(self, numbers: Tensor | None) -> bool:
         """Whether any of these channels can still be scaled."""
         if numbers is None:
             return False
-        found = [n for n in numbers.unique().tolist() if n >= 0]
-        dead = {self.find(n) for n in self.dead} if found else set()
-        return any(self.find(n) not in dead for n in found)
+        return any(n >= 0 and self.find(n) not in self.dead for n in numbers.unique().tolist())
 
     def of(self, tensor: Any) -> Tensor | None:
         """Return the channel numbers of a tensor, None if it has none."""

@@ -60,7 +60,7 @@ class RotationAxis:
         """
         if tuple(rotation.shape) != (self.size, self.size) or self.centered:
             raise ShapeError(f"{self.name} takes a [{self.size}, {self.size}] rotation and no layer norms that center.")
-        parameters = dict(unwrap_model(model).named_parameters())
+        parameters: dict[str, Tensor] = dict(unwrap_model(model).named_parameters())
         with torch.no_grad():
             for norm, readers in self.norms.items():
                 for name, dim in readers:
@@ -70,7 +70,7 @@ class RotationAxis:
                 _along(parameters, name, dim, self._turn(rotation))
 
     def _turn(self, rotation: Tensor) -> Any:
-        def turned(w: Tensor) -> Tensor:
+        def turned(w: Tensor) -> Any:
             return (w.unflatten(-1, (-1, self.size)) @ rotation.T.to(w.device, w.dtype)).flatten(-2)
 
         return turned
@@ -187,7 +187,7 @@ class _Spaces(TorchDispatchMode):
             return True
         if name == "mean" and mark.squared:
             dims = args[1] if len(args) > 1 else None
-            return dims is not None and [d % args[0].dim() for d in dims] == [mark.dim] and self._whole(args[0], mark)
+            return bool(dims is not None and [d % args[0].dim() for d in dims] == [mark.dim] and self._whole(args[0], mark))
         if mark.squared:
             return False
         if name == "sum" and len(args) > 1 and not mark.fold:

@@ -69,8 +69,8 @@ def shared_inputs(
         return group(read, siblings)
     axes: Any = source
     two = {n.removesuffix(".weight") for n, shape in axes.shapes.items() if n.endswith(".weight") and len(shape) == 2}
-    calls = [c for c in axes.calls if c.name in two and c.inputs and c.inputs[0].dtype.is_floating_point]
-    return group(((c.name, c.inputs[0].id) for c in calls), siblings)
+    ran = [c for c in axes.calls if c.name in two and c.inputs and c.inputs[0].dtype.is_floating_point]
+    return group(((c.name, c.inputs[0].id) for c in ran), siblings)
 
 
 def group(read: Iterable[tuple[str, int]], siblings: bool = False) -> Groups:

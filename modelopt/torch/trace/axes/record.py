@@ -28,7 +28,7 @@ from modelopt.torch.trace.axes.rules.registry import MODULE_RULES, Call, Rule, t
 
 _KEY = "_modelopt_axes"
 _RUNS = itertools.count()
-_HERE = os.path.dirname(os.path.abspath(__file__))
+_HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__))
 
 
@@ -183,7 +183,7 @@ class Recorder(TorchDispatchMode):
         info = tensor.__dict__.get(_KEY)
         if info is not None and info.run == self.run:
             return info
-        base = self._storages.get(tensor.untyped_storage()._cdata) if tensor.layout == torch.strided else None
+        base = self._base(tensor)
         axes: Sequence[Axis | None] = [None] * tensor.dim()
         if base is not None:  # `.data` of a parameter, or another view of it that no op has made
             known = base.__dict__[_KEY].axes
@@ -194,6 +194,12 @@ class Recorder(TorchDispatchMode):
                     self.store.freeze(axis, "a view of a parameter's storage that no op has made")
         self._marked.append(tensor)
         return self._mark(tensor, axes, static=base is not None)
+
+    def _base(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """The parameter or buffer whose memory this is, if any; tensors inside torch.vmap have no memory of their own."""
+        if tensor.layout != torch.strided or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+            return None
+        return self._storages.get(tensor.untyped_storage()._cdata)
 
     def ref(self, tensor: torch.Tensor) -> TensorRef:
         """The record of a tensor."""
@@ -256,7 +262,7 @@ class Recorder(TorchDispatchMode):
     def _save(self, targets: list[torch.Tensor]) -> None:
         """Keep the value of a parameter or buffer that an op is about to overwrite."""
         for tensor in targets:
-            base = self._storages.get(tensor.untyped_storage()._cdata)
+            base = self._base(tensor)
             if base is not None and id(base) not in self._saved:
                 self._saved[id(base)] = (base, base.detach().clone())
 

@@ -1,4 +1,4 @@
-"""timm: the size of the image stands in `patch_embed.img_size` or in the pretrained config."""
+"""timm: the size of the image stands in `patch_embed.img_size` or in the pretrained configuration."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def candidate_inputs(model: nn.Module) -> Iterator[Inputs]:
     built: Any = getattr(getattr(model, "patch_embed", None), "img_size", None)
     sizes = [tuple(built)] if isinstance(built, tuple | list) else []
     sizes += [tuple(sides)]
-    if not config.get("fixed_input_size"):
-        sizes += [(64, 64), (128, 128), (256, 256)]
+    if config.get("fixed_input_size"):  # then the model may have been built for another size than its configuration says
+        sizes += [(64, 64), (128, 128), (256, 256), (224, 224)]
     for size in dict.fromkeys(sizes):
         yield (random_input(model, 1, channels, *size),), {}

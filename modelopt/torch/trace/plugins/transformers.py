@@ -46,7 +46,7 @@ def candidate_inputs(model: nn.Module) -> Iterator[Inputs]:
     if "decoder_input_ids" in names:
         first["decoder_input_ids"] = _tokens(model, 8)
     every: dict[str, Any] = {n: makers[n](model) for n in dict.fromkeys(known)}
-    pair = {n: every[n] for n in ("input_ids", "pixel_values") if n in every}
+    pair: dict[str, Any] = {n: every[n] for n in ("input_ids", "pixel_values") if n in every}
     contrastive = len(pair) == 2 and hasattr(model.config, "projection_dim")
     order: list[dict[str, Any]] = (
         [pair, first, every] if contrastive or "Siglip" in type(model).__name__ else [first, {**first, **pair}, every]
