@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.overrides import TorchFunctionMode
 
 from modelopt.torch.trace.axes.attention import multi_head_attention
@@ -84,6 +85,8 @@ class SizeMode(TorchFunctionMode):
     # ---- what the handlers use
     def axes(self, tensor: torch.Tensor) -> Sequence[Any]:
         """The labelled axes of a tensor, None for a dimension that is never pruned."""
+        if is_functorch_wrapped_tensor(tensor):  # inside vmap: what is labelled is the tensor below
+            return (None,) * tensor.dim()
         return self.recorder.axes(tensor)
 
     def length(self, given: Any, axis: Any, size: int, what: str) -> None:
