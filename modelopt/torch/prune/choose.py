@@ -20,7 +20,7 @@ import numpy as np
 
 from modelopt.core.errors import ConfigError, did_you_mean
 from modelopt.core.match import matches
-from modelopt.torch.prune.config import StructuredConfig, read_limit
+from modelopt.torch.prune.config import StructuredConfig
 
 _STEPS = 24
 
@@ -93,7 +93,7 @@ def _group(members: Sequence[Any], scores: Any, config: StructuredConfig) -> Gro
     multiple = int(np.lcm.reduce([config.multiple(f.name, f.kind) for f in members]))
     share = min(shares) if shares else None
     floor = max(f.least for f in members)
-    if share is None:
+    if share is None or config.ranking == "global":
         floor = max(floor, int(np.ceil(size * (1 - config.max_ratio) - 1e-9)))
     choices = tuple(k for k in range(multiple, size, multiple) if k >= floor)
     order, sums = [], np.zeros(size)
@@ -138,27 +138,24 @@ def drop_of(groups: Sequence[Group], keep: Mapping[int, int]) -> frozenset[int]:
 
 
 def choose(
-    groups: Sequence[Group], config: StructuredConfig, cost: Callable[[frozenset[int], str], float]
-) -> tuple[frozenset[int], dict[str, tuple[float, float]]]:
-    """Return the atoms to remove and {cost: (before, after)} of every constraint.
+    groups: Sequence[Group], config: StructuredConfig, cost: Callable[[frozenset[int], str], float], limits: Mapping[str, float]
+) -> frozenset[int]:
+    """Return the atoms to remove, such that every cost is at or below its limit.
 
-    `cost(drop, name)` is the cost of the model without the atoms `drop`. Raises ConfigError for a constraint that cannot be
+    `cost(drop, name)` is the cost of the model without the atoms `drop`. Raises ConfigError for a limit that cannot be
     met, with the least that can.
     """
-    full = {name: cost(frozenset(), name) for name in config.constraints}
-    limits = {name: read_limit(name, value, full[name]) for name, value in config.constraints.items()}
     dial = _dial(groups, config)
     if not limits:
-        return drop_of(groups, dial(1.0)), {}
-    _check_reachable(limits, {name: cost(drop_of(groups, dial(1.0)), name) for name in limits}, full, config)
+        return drop_of(groups, dial(1.0))
+    check_reachable(limits, {name: cost(drop_of(groups, dial(1.0)), name) for name in limits}, config)
     low, high = 0.0, 1.0
     for _ in range(_STEPS):
         middle = (low + high) / 2
         drop = drop_of(groups, dial(middle))
         fits = all(cost(drop, name) <= limit for name, limit in limits.items())
         low, high = (low, middle) if fits else (middle, high)
-    drop = drop_of(groups, dial(high))
-    return drop, {name: (full[name], cost(drop, name)) for name in limits}
+    return drop_of(groups, dial(high))
 
 
 def _dial(groups: Sequence[Group], config: StructuredConfig) -> Callable[[float], dict[int, int]]:
@@ -175,12 +172,12 @@ def _dial(groups: Sequence[Group], config: StructuredConfig) -> Callable[[float]
     return at
 
 
-def _check_reachable(limits: Mapping[str, float], least: Mapping[str, float], full: Mapping[str, float], config: Any) -> None:
+def check_reachable(limits: Mapping[str, float], least: Mapping[str, float], config: StructuredConfig) -> None:
+    """Raise ConfigError where the least cost that the rules allow is above its limit."""
     for name, limit in limits.items():
         if least[name] > limit:
-            share = 100 * least[name] / max(full[name], 1)
             raise ConfigError(
-                f"The constraint {name} <= {limit:.4g} cannot be met: with these rules the least is {least[name]:.4g} "
-                f"({share:.1f}% of {full[name]:.4g}). Raise the limit, raise max_ratio (now {config.max_ratio}) or the ratios, "
-                f"lower multiple_of, or allow more kinds of families."
+                f"The constraint {name} <= {limit:.4g} cannot be met: with these rules the least is {least[name]:.4g}. Raise the "
+                f"limit, raise max_ratio (now {config.max_ratio}) or the ratios, lower multiple_of, or allow more kinds of "
+                "families."
             )

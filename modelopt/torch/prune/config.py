@@ -17,6 +17,7 @@ from modelopt.core.errors import ConfigError, did_you_mean
 from modelopt.core.match import DEFAULT, Rules, matches
 
 COSTS = ("params", "flops", "memory")
+LIFTS = ("qk", "experts")
 NAMED_ONLY = ("layers", "experts")
 _PERCENT = re.compile(r"\s*([0-9.]+)\s*%\s*")
 
@@ -58,13 +59,23 @@ class StructuredConfig(Config):
                 raise ValueError(f"a multiple is 1 or more; seen: {number}")
         return value
 
-    @field_validator("constraints")
+    @field_validator("constraints", mode="before")
     @classmethod
-    def _limits(cls, value: dict[str, Any]) -> dict[str, Any]:
-        for name, limit in value.items():
+    def _limits(cls, value: Any) -> Any:
+        for name, limit in value.items() if isinstance(value, dict) else ():
+            if isinstance(limit, bool) or not isinstance(limit, int | float | str):
+                raise ValueError(f'{name} is {limit!r}; write a share such as "60%", or a number')
             if name not in COSTS:
                 raise ValueError(f'"{name}" is no cost.{did_you_mean(name, COSTS)} Known: {", ".join(COSTS)}')
             read_limit(name, limit, 1.0)
+        return value
+
+    @field_validator("lift")
+    @classmethod
+    def _lifts(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for name in value:
+            if name not in LIFTS:
+                raise ValueError(f'"{name}" cannot be lifted.{did_you_mean(name, LIFTS)} Known: {", ".join(LIFTS)}')
         return value
 
     def share_of(self, name: str, kind: str) -> float | None:

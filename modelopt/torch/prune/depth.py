@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from modelopt.core.errors import CheckpointError, ConfigError
+from modelopt.core.match import matches
 from modelopt.torch.trace.axes.construct import builder_of
 from modelopt.torch.trace.axes.places import configs
 from modelopt.torch.trace.inputs import MODEL_ERRORS
@@ -36,18 +37,27 @@ class Stack:
     units: tuple[int, ...]
 
 
-def find_stacks(model: nn.Module, axes: Any) -> tuple[Stack, ...]:
-    """Return the containers that have at least two units, in the order of the model."""
+def find_stacks(model: nn.Module, axes: Any, exclude: Sequence[str] = ()) -> tuple[Stack, ...]:
+    """Return the containers that have at least two units, in the order of the model.
+
+    A block is no unit if a pattern of `exclude` names it or one of its parameters.
+    """
     calls: dict[str, list[Any]] = {}
     for call in axes.calls:
         calls.setdefault(call.name, []).append(call)
     stacks = []
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList | nn.Sequential):
-            units = tuple(i for i, key in enumerate(module._modules) if _is_unit(calls.get(f"{name}.{key}" if name else key, [])))
+            keys = [f"{name}.{key}" if name else key for key in module._modules]
+            units = tuple(i for i, k in enumerate(keys) if _is_unit(calls.get(k, [])) and not _named(model, k, exclude))
             if len(units) > 1:
                 stacks.append(Stack(name, len(module), units))
     return tuple(stacks)
+
+
+def _named(model: nn.Module, name: str, patterns: Sequence[str]) -> bool:
+    names = [name, *(f"{name}.{p}" for p, _ in get_submodule(model, name).named_parameters())] if patterns else []
+    return any(matches(n, pattern) for pattern in patterns for n in names)
 
 
 def _is_unit(calls: Sequence[Any]) -> bool:

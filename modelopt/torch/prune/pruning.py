@@ -23,7 +23,7 @@ from modelopt.core.errors import ConfigError, ModeError, ModelOptError
 from modelopt.core.logging import warn
 from modelopt.torch.calibration.executor import run_forward
 from modelopt.torch.opt.mode import apply_mode, history
-from modelopt.torch.prune.choose import Group, choose, make_groups
+from modelopt.torch.prune.choose import Group, check_reachable, choose, make_groups
 from modelopt.torch.prune.config import COSTS, StructuredConfig, read_limit
 from modelopt.torch.prune.cost import Costs
 from modelopt.torch.prune.depth import (
@@ -89,6 +89,8 @@ def prune(
     runtime: dict[str, Any] = {"dummy_input": dummy_input}
     for key, value in (config or {}).items():
         (runtime if key in RUNTIME_KEYS else fields)[key] = value
+    if not isinstance(constraints or {}, Mapping):
+        raise ConfigError(f'constraints is {constraints!r:.60}; write a mapping such as {{"params": "60%"}} or {{"ratio": 0.5}}.')
     limits = dict(constraints or {})
     if "ratio" in limits:
         fields["ratio"] = limits.pop("ratio")
@@ -135,32 +137,43 @@ def plan_structured(task: Task) -> Plan:
         raise ConfigError('Nothing says how much to prune. Give {"ratio": 0.5}, or a constraint such as {"params": "60%"}.')
     layers = _plan_layers(task)
     costs = Costs(task.model, task.axes, removed_units(task.model, layers))
-    only_layers = isinstance(config.ratio, dict) and set(config.ratio) == {"layers"}
-    if only_layers:
+    limits = limits_of(task, Costs(task.model, task.axes))
+    if isinstance(config.ratio, dict) and set(config.ratio) == {"layers"}:
+        check_reachable(limits, {name: costs.of(frozenset(), name) for name in limits}, config)
         return finish(task, costs, frozenset(), (), layers)
     groups = groups_of(task, score_families(task.model, task.axes, config.importance, task.data))
-    drop, _ = choose(groups, config, costs.of)
+    drop = choose(groups, config, costs.of, limits)
     if not drop and not layers:
         raise ConfigError(_nothing(groups, config))
     drop, reasons = task.axes.relax(drop)
     if not drop and not layers:
         raise PruningError(f"The model's own code needs every size that would shrink. {'; '.join(reasons[:_SHOWN])}.")
-    drop, reasons = _tighten(task.axes, groups, config, costs, drop, tuple(reasons))
+    drop, reasons = _tighten(task.axes, groups, config, costs, limits, drop, tuple(reasons))
     return finish(task, costs, drop, reasons, layers)
 
 
+def limits_of(task: Task, costs: Costs) -> dict[str, float]:
+    """Return the constraints in the units of the costs; a percentage is one of the whole model."""
+    return {n: read_limit(n, v, costs.of(frozenset(), n)) for n, v in task.config.constraints.items()}
+
+
 def _plan_layers(task: Task) -> dict[str, list[int]]:
-    share = task.config.ratio.get("layers") if isinstance(task.config.ratio, dict) else None
-    if share is None:
+    config = task.config
+    share = config.ratio.get("layers") if isinstance(config.ratio, dict) else None
+    if share is None or "layers" in config.exclude:
         return {}
-    stacks = find_stacks(task.model, task.axes)
+    stacks = find_stacks(task.model, task.axes, config.exclude)
     loop = task.data.forward_loop
 
     def once(model: nn.Module) -> None:
         run(model, task.inputs)
 
     scores = influence(task.model, stacks, once if loop is None else lambda model: run_forward(model, loop))
-    return choose_units(stacks, scores, share)
+    kept = choose_units(stacks, scores, share)
+    if not kept:
+        sizes = ", ".join(f"{s.name} has {len(s.units)} blocks" for s in stacks)
+        raise ConfigError(f"The share layers={share} removes no block: {sizes}. Raise it.")
+    return kept
 
 
 def groups_of(task: Task, scores: Mapping[str, Any]) -> list[Group]:
@@ -181,20 +194,22 @@ def finish(
 
 
 def _tighten(
-    axes: Any, groups: list[Group], config: StructuredConfig, costs: Costs, drop: frozenset[int], reasons: tuple[str, ...]
+    axes: Any,
+    groups: list[Group],
+    config: StructuredConfig,
+    costs: Costs,
+    limits: Mapping[str, float],
+    drop: frozenset[int],
+    reasons: tuple[str, ...],
 ) -> tuple[frozenset[int], tuple[str, ...]]:
-    """Ask for more where atoms that had to stay broke a constraint, up to what the rules allow."""
-    full = {n: costs.of(frozenset(), n) for n in config.constraints}
-    limits = {n: read_limit(n, v, full[n]) for n, v in config.constraints.items()}
+    """Ask for more where atoms that had to stay broke a limit, up to what the rules allow."""
     asked = dict(limits)
     for _ in range(8):
         over = {n: costs.of(drop, n) / limit for n, limit in limits.items() if costs.of(drop, n) > limit}
         if not over:
             return frozenset(drop), reasons
         asked = {n: asked[n] / over.get(n, 1.0) ** 1.5 for n in asked}
-        harder = config.model_copy(update={"constraints": asked})
-        wider, _ = choose(groups, harder, costs.of)
-        drop, more = axes.relax(wider)
+        drop, more = axes.relax(choose(groups, config, costs.of, asked))
         reasons = tuple(more)
     name = next(iter(over))
     raise ConfigError(
@@ -268,14 +283,25 @@ def _is_meta(model: nn.Module) -> bool:
     return any(p.device.type == "meta" for p in model.parameters())
 
 
+def copied(model: nn.Module) -> nn.Module:
+    """Return a deep copy. Raises PruningError for a model that cannot be copied, with what to do."""
+    try:
+        return copy.deepcopy(model)
+    except (RuntimeError, TypeError, AttributeError, NotImplementedError) as error:
+        raise PruningError(
+            f"The {type(model).__name__} cannot be copied ({error}), so its pruning cannot be tried before it is done. Use "
+            "torch.nn.utils.parametrizations in place of old weight norms, or pass verify=False."
+        ) from error
+
+
 def _prove(task: Task, plan: Plan) -> dict[str, Any]:
-    trial = copy.deepcopy(task.model)
+    trial = copied(task.model)
     task.axes.apply(trial, plan.drop)
     if plan.layers:
         _prove_layers(trial, task.inputs, plan)
     if not plan.drop:
         return {"exact": True, "error": 0.0}
-    trial = copy.deepcopy(task.model)
+    trial = copied(task.model)
     task.axes.apply(trial, plan.drop)
     report = verify_pruning(task.model, trial, task.axes.families, dummy_input=task.inputs, kept=task.axes.kept(plan.drop))
     if not report.exact:

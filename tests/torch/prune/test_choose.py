@@ -54,7 +54,8 @@ def cost(drop: frozenset[int], name: str) -> float:
 def pick(axes: Axes = AXES, table=None, **fields):
     config = StructuredConfig.parse(fields)
     groups = make_groups(axes, table or scores(axes), config)
-    return choose(groups, config, cost)[0]
+    limits = {name: read_limit(name, value, 160.0) for name, value in config.constraints.items()}
+    return choose(groups, config, cost, limits)
 
 
 def test_a_share_of_every_family_and_the_least_important_of_each():

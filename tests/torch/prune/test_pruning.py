@@ -175,6 +175,36 @@ def test_refused_before_anything_is_changed(net, monkeypatch):
     unchanged(net, X, module_under_test.PruningError, "off by one", "structured", {"ratio": 0.5}, X)
 
 
+def test_refused_rather_than_half_done(net):
+    unchanged(net, X, ConfigError, "removes no block", [("structured", {"ratio": {"layers": 0.01}})], {}, X)
+    unchanged(net, X, ConfigError, "cannot be met", [("structured", {"ratio": {"layers": 0.5}})], {"params": "10%"}, X)
+    unchanged(net, X, ConfigError, 'Did you mean "qk"', [("structured", {"lift": ("kq",)})], {"ratio": 0.5}, X)
+    unchanged(net, X, ConfigError, "write a mapping", "structured", "50%", X)
+    unchanged(net, X, ConfigError, "memory is True", "structured", {"memory": True}, X)
+    data = {"score_func": lambda m: float("nan")}
+    unchanged(net, X, ConfigError, "finite", "fastnas", {"params": "60%"}, X, config=data)
+    net.head.lock = (i for i in ())
+    unchanged(net, X, module_under_test.PruningError, "verify=False", "structured", {"ratio": 0.5}, X)
+    del net.head.lock
+
+
+def test_a_percentage_is_one_of_the_whole_model_also_with_fewer_layers(net):
+    total = sum(p.numel() for p in net.parameters())
+    rules = {"ratio": {"layers": 0.5, "default": 0.9}}
+    prune(net, [("structured", rules)], {"params": "45%"}, X)
+    assert len(net.blocks) == 2 and 0.35 * total < sum(p.numel() for p in net.parameters()) <= 0.45 * total
+
+
+def test_excluded_blocks_and_the_largest_share(net):
+    dense = copy.deepcopy(net)
+    prune(net, [("structured", {"ratio": {"layers": 0.5}, "exclude": ("blocks.0.*", "blocks.1")})], {}, X)
+    assert len(net.blocks) == 3 and torch.equal(net.blocks[1].conv1.weight, dense.blocks[1].conv1.weight)
+    dense.blocks[2].conv1.weight.data.mul_(1e-6)
+    dense.blocks[2].conv2.weight.data.mul_(1e-6)
+    _, result = prune(dense, [("structured", {"ranking": "global", "max_ratio": 0.5})], {"ratio": 0.5}, X)
+    assert all(2 * f["after"] >= f["before"] for f in result["families"])
+
+
 class Fixed(nn.Module):
     def __init__(self) -> None:
         super().__init__()

@@ -7,8 +7,8 @@ smallest T that meets the constraints is found by halving. Source: NVIDIA Model 
 
 from __future__ import annotations
 
-import copy
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,9 @@ from modelopt.core.config import load_json
 from modelopt.core.errors import ConfigError
 from modelopt.core.files import staged_file
 from modelopt.torch.prune.choose import Group, drop_of
-from modelopt.torch.prune.config import read_limit
 from modelopt.torch.prune.cost import Costs
 from modelopt.torch.prune.importance import score_families
-from modelopt.torch.prune.pruning import Plan, Task, finish, groups_of
+from modelopt.torch.prune.pruning import Plan, Task, copied, finish, groups_of, limits_of
 
 Score = Callable[[nn.Module], float]
 
@@ -67,12 +66,10 @@ def sensitivity(
 def search(
     groups: Sequence[Group],
     table: Sequence[Mapping[int, float]],
-    constraints: Mapping[str, float | str],
+    limits: Mapping[str, float],
     cost: Callable[[frozenset[int], str], float],
 ) -> frozenset[int]:
-    """Return the atoms to remove at the smallest threshold that meets every constraint. Raises ConfigError if none does."""
-    full = {name: cost(frozenset(), name) for name in constraints}
-    limits = {name: read_limit(name, value, full[name]) for name, value in constraints.items()}
+    """Return the atoms to remove at the smallest threshold that meets every limit. Raises ConfigError if none does."""
     levels = np.unique([loss for losses in table for loss in losses.values()])
 
     def at(level: float) -> frozenset[int]:
@@ -114,11 +111,14 @@ def plan_fastnas(task: Task, score_func: Score | None, checkpoint: str | Path | 
     known = load_json(path) if path is not None and path.is_file() else {}
 
     def score(drop: frozenset[int]) -> float:
-        if not drop:
-            return float(score_func(task.model))
-        trial = copy.deepcopy(task.model)
-        task.axes.apply(trial, task.axes.relax(drop)[0])
-        return float(score_func(trial))
+        trial = task.model
+        if drop:
+            trial = copied(task.model)
+            task.axes.apply(trial, task.axes.relax(drop)[0])
+        value = float(score_func(trial))
+        if not math.isfinite(value):
+            raise ConfigError(f"score_func gave {value} for the model without {len(drop)} slices; it must be a finite number.")
+        return value
 
     def keep(scores: dict[str, dict[str, float]]) -> None:
         if path is not None:
@@ -127,5 +127,5 @@ def plan_fastnas(task: Task, score_func: Score | None, checkpoint: str | Path | 
 
     table = sensitivity(groups, config.channels_ratio, score, known, keep)
     costs = Costs(task.model, task.axes)
-    drop, reasons = task.axes.relax(search(groups, table, config.constraints, costs.of))
+    drop, reasons = task.axes.relax(search(groups, table, limits_of(task, costs), costs.of))
     return finish(task, costs, frozenset(drop), tuple(reasons))
