@@ -25,6 +25,7 @@ import multiprocessing as mp
 import os
 import random
 import resource
+import subprocess
 import sys
 import time
 import traceback
@@ -259,8 +260,10 @@ def main(argv: list[str] | None = None) -> None:
     if args.resume:
         models = [m for m in models if "/".join(m) not in rows]
 
+    commit = tree()
+
     def done(kind: str, name: str, row: dict[str, Any]) -> None:
-        rows[f"{kind}/{name}"] = row
+        rows[f"{kind}/{name}"] = row | {"tree": commit}
         seconds = row.get("cpu", {})
         print(f"{kind}/{name:40s} {row['status']:14s} removed {row.get('removed', 0):6.1%} trace {seconds.get('trace', 0):.2f}s "
               f"{'' if row['status'] == 'exact' else row.get('detail', '')}", flush=True)  # fmt: skip
@@ -270,6 +273,12 @@ def main(argv: list[str] | None = None) -> None:
 
     run(models, args.limit, args.jobs, done)
     print(trace_report.table({k: v for k, v in rows.items() if tuple(k.split("/", 1)) in set(models)}))
+
+
+def tree() -> str:
+    """Return the commit that is checked out, or nothing outside a repository."""
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return done.stdout.strip()
 
 
 def plain() -> list[tuple[str, str]]:

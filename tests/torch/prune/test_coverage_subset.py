@@ -11,8 +11,9 @@ from benchmarks.zoo import missing, names
 
 FEW = [
     ("plain", "mlp"), ("plain", "cnn"), ("plain", "residual"), ("plain", "attention"), ("plain", "mha"), ("plain", "lstm"),
-    ("hf", "causal:llama"), ("hf", "causal:gpt2"), ("hf", "causal:qwen2_moe"), ("hf", "causal:deepseek_v3"), ("hf", "causal:mamba2"),
-    ("hf", "mlm:bert"), ("hf", "s2s:t5"), ("hf", "img:swin"), ("hf", "img:resnet"), ("hf", "oth:clip"), ("hf", "oth:whisper"),
+    ("hf", "causal:llama"), ("hf", "causal:gpt2"), ("hf", "causal:qwen2_moe"), ("hf", "causal:deepseek_v3"),
+    ("hf", "causal:mamba2"), ("hf", "mlm:bert"), ("hf", "s2s:t5"), ("hf", "img:swin"), ("hf", "img:resnet"),
+    ("hf", "oth:clip"), ("hf", "oth:whisper"),
 ]  # fmt: skip
 
 
