@@ -13,7 +13,7 @@ _EIGHT = ("i8", "e4m3")
 
 @dataclass(frozen=True)
 class Plan:
-    """How the kernels read one weight format: see the constants of `triton_narrow.narrow`."""
+    """How the kernels read one weight format: see the constants in `pieces.cu` and `skinny.cu`."""
 
     kind: str
     scale: str
