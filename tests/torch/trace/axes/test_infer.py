@@ -253,3 +253,12 @@ def test_stacked_experts_that_no_token_reached_keep_what_they_read() -> None:
     axes = infer_axes(Body(forward, embed=nn.Linear(5, 8), moe=moe, head=nn.Linear(8, 3)).double(), (r(2, 5),))
     assert not axes.families
     assert any("not reached" in f.reason for f in axes.frozen)
+
+
+def test_tensors_inside_vmap_carry_no_labels_and_break_nothing() -> None:
+    def forward(m: Any, x: torch.Tensor) -> torch.Tensor:
+        mask = torch.vmap(lambda i: torch.arange(3) <= i)(torch.arange(3))
+        return m.b((mask.to(x.dtype) @ m.a(x)).relu())
+
+    axes, report = prune_half(Body(forward, a=nn.Linear(5, 8), b=nn.Linear(8, 3)), (r(2, 3, 5),))
+    assert [f.size for f in axes.families] == [8] and report.exact
