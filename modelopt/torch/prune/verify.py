@@ -8,8 +8,8 @@ structure and not for values that happen to be 0 or 1. A second trial has more n
 a unit that ReLU has switched off would hide its mistakes; it counts unless it overflows. Families are proven by themselves: a
 permutation of the atoms of a family, in every tensor that it reaches, must leave D's outputs as they are.
 
-The models are not touched. Memory: two copies in float64 (8 bytes for each entry of the dense and of the pruned model), a byte
-for each entry of a tensor with dead entries, and the activations.
+The models are not touched: copies of them run, on the CPU. Memory: two copies in float64 (8 bytes for each entry of the dense and
+of the pruned model), a byte for each entry of a tensor with dead entries, and the activations.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def verify_pruning(
     if isinstance(pruned, nn.Module) and kept is None:
         raise ConfigError("A pruned model alone does not say which entries survived: pass kept=..., or the pruner as a function.")
     args, kwargs = resolve_inputs(dense, dummy_input)
-    call = _Call(_float64((args, kwargs)), seed)
+    call = _Call(_lively(_float64((args, kwargs)), torch.Generator().manual_seed(seed)), seed)
     masked = float64_copy(dense)
     origins = Origins.of(masked)
     try:
@@ -178,11 +178,27 @@ def _exact_arithmetic() -> Any:
 
 def _float64(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return value.detach().double() if value.is_floating_point() else value.detach().clone()
+        value = value.detach().cpu()
+        return value.double() if value.is_floating_point() else value.clone()
     if isinstance(value, Mapping):
         return {k: _float64(v) for k, v in value.items()}
     if isinstance(value, tuple | list):
         items = [_float64(v) for v in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    return value
+
+
+def _lively(value: Any, generator: torch.Generator, name: str = "") -> Any:
+    """Replace float inputs that are one value throughout (zeros, ones) by noise: they would hide wrong channels. Masks stay."""
+    if isinstance(value, Tensor):
+        constant = value.dtype == torch.float64 and value.numel() > 1 and bool((value == value.reshape(-1)[0]).all())
+        if not constant or "mask" in name:
+            return value
+        return torch.randn(value.shape, generator=generator, dtype=torch.float64).to(value.device)
+    if isinstance(value, Mapping):
+        return {k: _lively(v, generator, str(k)) for k, v in value.items()}
+    if isinstance(value, tuple | list):
+        items = [_lively(v, generator, name) for v in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     return value
 
@@ -202,11 +218,17 @@ def _compare(
     except MODEL_ERRORS as error:
         return VerifyReport(False, float("inf"), f"The pruned model does not run: {_describe(error)}")
     unknown = dict(mode.unknown)
-    if not wanted or wanted.keys() != got.keys():
+    if not wanted:
+        message = "Nothing is proven: no tensors are among the outputs (in tuples, lists, mappings and dataclasses)."
+        return VerifyReport(False, float("inf"), message, unknown_ops=unknown)
+    if wanted.keys() != got.keys():
         return VerifyReport(
             False, float("inf"), f"The outputs are {sorted(got)} instead of {sorted(wanted)}.", unknown_ops=unknown
         )
     whole = results(wanted)
+    if not smooth and not any(bool((wanted[name].isfinite() & (wanted[name] != 0)).any()) for name in whole):
+        message = "Nothing is proven: the outputs are empty, zero or not finite. Pass other inputs."
+        return VerifyReport(False, float("inf"), message, unknown_ops=unknown)
     if not all(bool(wanted[name].isfinite().all()) for name in whole) and smooth:
         return VerifyReport(True, 0.0, "The outputs are not finite.", unknown_ops=unknown)
     worst, reduced = 0.0, []
