@@ -69,16 +69,39 @@ def frozen(rows: Rows, shown: int = 15) -> str:
     )
 
 
+def little(rows: Rows, below: float = 0.2) -> str:
+    """Return the exact models of which little was removed, with the most frequent reason."""
+    lines = []
+    for name, row in sorted(rows.items(), key=lambda item: item[1].get("removed", 0)):
+        if row["status"] == "exact" and row["removed"] < below:
+            reasons = [*list(row["given_back"])[:1], *list(row["frozen"])[:2]]
+            lines.append(f"| {name} | {row['removed']:.0%} | {'; '.join(reasons)[:300].replace('|', '/')} |")
+    return "\n".join(["| model | removed | what kept the rest |", "|---|---|---|", *lines]) if lines else "None."
+
+
+def seconds(rows: list[dict[str, Any]]) -> str:
+    """Return the table of `trace_coverage --time`."""
+    keys = ("model", "cpu_s", "peak_mb", "before_mb", "families")
+    lines = ["| " + " | ".join(str(row.get(k, "")) for k in keys) + " |" for row in rows]
+    head = "| model | CPU s after imports | peak memory, MB | of it before the trace | families |"
+    return "\n".join([head, "|---|---|---|---|---|", *lines])
+
+
 def markdown(paths: list[Path]) -> str:
     """Return the page for several result files."""
     parts = [PAGE]
     for path in paths:
         data = json.loads(path.read_text())
+        title = path.stem.replace("_", " ").capitalize()
+        if isinstance(data, list):
+            parts.append(f"## {title}\n\n`python -m benchmarks.trace_coverage --time`\n\n{seconds(data)}\n")
+            continue
         rows = data["rows"]
         unknown = Counter(op for r in rows.values() for op in r.get("unknown_ops", {}))
         packages = ", ".join(f"{k} {v}" for k, v in data["versions"].items())
-        parts.append(f"## {path.stem.replace('_', ' ')}\n\n`{data['command']}` ({packages})\n\n{table(rows)}\n")
-        parts.append(f"### Not exact\n\n{failures(rows)}\n")
+        note = f"{data['note']}\n\n" if "note" in data else ""
+        parts.append(f"## {title}\n\n`{data['command']}` ({packages})\n\n{note}{table(rows)}\n")
+        parts.append(f"### Not exact\n\n{failures(rows)}\n\n### Little removed\n\n{little(rows)}\n")
         parts.append(f"### Why dimensions were kept\n\n{frozen(rows)}\n")
         listed = ", ".join(f"{op} ({n})" for op, n in unknown.most_common()) or "none"
         parts.append(f"Ops without a rule, which keep what they touch (and the number of models): {listed}.\n")
