@@ -33,15 +33,15 @@ def named_floats(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def float64_copy(model: nn.Module) -> nn.Module:
-    """Return a deep copy in float64 and eval mode, plain tensor attributes included (8 bytes per parameter)."""
-    model = copy.deepcopy(model).double().eval().requires_grad_(False)
+    """Return a deep copy on the CPU in float64 and eval mode, plain tensor attributes included (8 bytes per parameter)."""
+    model = copy.deepcopy(model).cpu().double().eval().requires_grad_(False)
     for module in model.modules():
         config = module.__dict__.get("config")
         if hasattr(config, "_experts_implementation"):  # transformers: grouped products have no float64
             config._experts_implementation = "eager"
         for key, value in list(module.__dict__.items()):
-            if isinstance(value, Tensor) and value.is_floating_point() and value.dtype != torch.float64:
-                module.__dict__[key] = value.detach().double()
+            if isinstance(value, Tensor):
+                module.__dict__[key] = value.detach().cpu().double() if value.is_floating_point() else value.cpu()
     return model
 
 
