@@ -50,9 +50,8 @@ class Family:
     kind: str
     atoms: tuple[int, ...]
     slots: tuple[Slot, ...]
-    tied: tuple[str, ...] = ()
-    soft: str | None = None
-    least: int = 1
+    least: int = 1  # as many must survive: a router chooses so many experts
+    soft: str | None = None  # the policy without which it is kept
 
     @property
     def size(self) -> int:
@@ -326,12 +325,14 @@ def _families(axes: Axes) -> list[Family]:
     for family in sorted(members, key=lambda f: (natural(slots[f][0].parameter), slots[f][0].dim, int(members[f][0]))):
         name = _name(axes, slots[family][0], members[family], taken)
         atoms_of = members[family]
+        kind = axes.kinds.get(family, "channels")
         made = Family(
             name,
-            axes.kinds.get(family, "channels"),
+            kind,
             tuple(atoms_of.tolist()),
             tuple(slots[family]),
             least=max((n for a, n in axes.least if np.isin(store.atoms(a.ids), atoms_of).any()), default=1),
+            soft=kind if kind == "experts" else None,
         )
         for slot in made.slots:
             slot._family = made

@@ -78,9 +78,9 @@ def _runs(store: LabelStore, axes: Iterable[Axis]) -> tuple[dict[int, int], dict
             continue
         rows = store.rows(axis.ids)
         flat = rows.ravel()
-        family = np.zeros(flat.shape, dtype=np.int64)
-        family[flat != 0] = store.families_of(flat[flat != 0])
-        family = family.reshape(rows.shape)
+        owner = np.zeros(flat.shape, dtype=np.int64)
+        owner[flat != 0] = store.families_of(flat[flat != 0])
+        family = owner.reshape(rows.shape)
         _, first = np.unique(mix(family).sum(axis=1, dtype=np.uint64), return_index=True)
         for row in family[first].tolist():
             present = sorted({f for f in row if f})

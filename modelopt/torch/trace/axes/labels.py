@@ -193,7 +193,7 @@ class LabelStore:
         if n == 1 or (int(ids[-1]) == start + step * (n - 1) and bool((np.diff(ids) == step).all())):
             return self._intern((start, step, n), None)
         ids = np.ascontiguousarray(ids, dtype=np.int64)
-        return self._intern((n, hashlib.blake2b(ids, digest_size=16).digest()), ids)
+        return self._intern((n, hashlib.blake2b(ids.data, digest_size=16).digest()), ids)
 
     def _intern(self, key: Any, ids: Ids | None) -> Axis:
         found = self._axes.get(key)

@@ -12,7 +12,8 @@ from modelopt.torch.trace.axes.rules.registry import Axes, Call, register_rule
 def index_put(call: Call) -> Axes:
     target, indices, values = call.args[0], call.args[1], call.args[2]
     axes, known = list(call.axes(target)), call.axes(values)
-    indexed, k = [], 0
+    indexed: list[int] = []
+    k = 0
     for tensor in indices:
         width = tensor.dim() if tensor is not None and tensor.dtype in (torch.bool, torch.uint8) else 1
         if tensor is not None:
