@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from modelopt.torch.trace.axes.families import Axes, make_axes
+from modelopt.torch.trace.axes.pin import freeze_pinned
 from modelopt.torch.trace.axes.probe import reach_idle, seeded
 from modelopt.torch.trace.axes.provenance import Provenance
 from modelopt.torch.trace.axes.record import Recorder
@@ -38,6 +39,7 @@ def infer_axes(
             output = run()
             reach_idle(model, recorder, run, MODEL_ERRORS)
         recorder.freeze_outputs(output)
+        freeze_pinned(recorder.store, provenance.equations)
         axes = make_axes(recorder, output)
         axes.provenance = provenance
         return axes

@@ -11,11 +11,16 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from modelopt.torch.trace.axes.expr import Attr, Equation, Size, Where
-from modelopt.torch.trace.axes.solve import System, Values, solve, solve_equations, system_of
+from modelopt.torch.trace.axes.solve import System, solve, solve_equations, system_of
 
 _ROUNDS = 400
 _TRIALS = 300
+_HOPS = 2
+_NEAR = 60
 
 
 def relax(axes: Any, drop: Iterable[int], priority: Mapping[int, float] | None = None) -> tuple[frozenset[int], tuple[str, ...]]:
@@ -37,6 +42,8 @@ def relax(axes: Any, drop: Iterable[int], priority: Mapping[int, float] | None =
             if touched & reach:
                 continue
             touched |= reach
+            if equation is not bad[0] and equation not in _broken(system, near, system.dead(left)):
+                continue  # what was given back meanwhile repaired it
             back = _give_back(system, equation, near, left, priority or {}) or (left if equation is bad[0] else frozenset())
             if back:
                 reasons.append(_reason(axes, equation, back))
@@ -74,11 +81,14 @@ def _atoms(system: System, sizes: Iterable[Size]) -> set[int]:
 
 
 def _near(system: System, equation: Equation) -> list[Equation]:
-    """The equation and all that share an attribute with it."""
+    """The equation, all that share an attribute with it, and all that share one with those."""
     out = {equation: None}
-    for leaf in equation.leaves():
-        if isinstance(leaf, Attr):
-            out.update(dict.fromkeys(system.of_attr.get(leaf, [])))
+    for _ in range(_HOPS):
+        attrs = dict.fromkeys(a for e in out for a in e.leaves() if isinstance(a, Attr))
+        more = {e: None for a in attrs for e in system.of_attr.get(a, [])}
+        if len(out) + len(more) > _NEAR and len(out) > 1:
+            break
+        out.update(more)
     return list(out)
 
 
@@ -113,22 +123,26 @@ def _dropped_families(system: System, equations: Iterable[Equation], drop: froze
 def _smallest(
     system: System, equation: Equation, near: list[Equation], groups: list[list[int]], drop: frozenset[int]
 ) -> frozenset[int] | None:  # fmt: skip
-    """The least share of at most two families with which the equation holds and less is broken near it; None if none does."""
-    sizes = dict.fromkeys(s for e in near for s in e.leaves() if isinstance(s, Size))
-    attrs = {a: system.originals[a] for e in near for a in e.leaves() if isinstance(a, Attr)}
+    """The least share of at most two families with which the equation holds and least is broken near it, if there is one."""
     dead = system.dead(drop)
-    before = _broken(near, system.counts(dead, sizes), attrs)
+    before = _broken(system, near, dead)
+    best: tuple[int, list[int]] | None = None
     for back in itertools.islice(_offers(groups), _TRIALS):
         dead[back] = False
-        broken = _broken(near, system.counts(dead, sizes), attrs)
+        broken = _broken(system, near, dead)
         dead[back] = True
-        if equation not in broken and len(broken) < len(before):
-            return frozenset(back)
-    return None
+        if equation not in broken and len(broken) < (len(before) if best is None else best[0]):
+            best = len(broken), back
+            if not broken:
+                break
+    return None if best is None else frozenset(best[1])
 
 
-def _broken(near: list[Equation], sizes: Values, attrs: dict[Attr, int]) -> list[Equation]:
-    values, _ = solve_equations(near, sizes, attrs)
+def _broken(system: System, near: list[Equation], dead: NDArray[np.bool_]) -> list[Equation]:
+    """Those of a few equations that cannot hold together without the dead atoms."""
+    sizes = dict.fromkeys(s for e in near for s in e.leaves() if isinstance(s, Size))
+    attrs = {a: system.originals[a] for e in near for a in e.leaves() if isinstance(a, Attr)}
+    values, _ = solve_equations(near, system.counts(dead, sizes), attrs)
     return [e for e in near if not e.holds(values)]
 
 
