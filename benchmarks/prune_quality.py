@@ -177,7 +177,7 @@ def smollm2_rows(args: argparse.Namespace) -> list[dict[str, Any]]:
             row["score"] = reference.compare(pruned).kl
             if args.steps and criterion in args.recover:
                 start = time.perf_counter()
-                distill(pruned, model, tuning, args.steps, 2e-4)
+                distill(pruned, model, tuning, args.steps, args.rate)
                 row["recovered"], row["seconds"] = reference.compare(pruned).kl, time.perf_counter() - start
             rows.append(row)
             print(_line(ratio, row), flush=True)
@@ -193,6 +193,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=60, help="steps of recovery of the language model")
     parser.add_argument("--ratios", type=float, nargs="+", default=[0.1, 0.2, 0.3])
     parser.add_argument("--recover", nargs="+", default=["taylor", "activation"])
+    parser.add_argument("--rate", type=float, default=5e-5, help="learning rate of that recovery")
     parser.add_argument("--criteria", nargs="+", default=list(CRITERIA))
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", type=Path)

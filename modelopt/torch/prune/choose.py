@@ -4,7 +4,7 @@ A *group* is a set of families that must keep the same number (the parts of one 
 group keeps is a multiple of what was asked for, or all of it. With one dial t in [0, 1] for all groups,
 
     local   keep(t) = size - t * share * size          the same share of every family
-    global  keep(t) = number of atoms whose score is above the t-quantile of all scores
+    global  keep(t) = number of atoms that are not among the share t of all atoms with the lowest scores
 
 the cost falls as t grows, and the smallest t that meets every limit is found by halving. Scores are divided by their mean over
 the family before they are compared across families.
@@ -127,9 +127,13 @@ def by_share(groups: Sequence[Group], t: float = 1.0) -> dict[int, int]:
     return {i: g.at_least(g.size * (1 - t * (g.share if g.share is not None else 1.0))) for i, g in enumerate(groups)}
 
 
-def by_threshold(groups: Sequence[Group], threshold: float) -> dict[int, int]:
-    """Return {index of the group: number that stays} where all atoms at or below the threshold go."""
-    return {i: g.at_least(g.size - int(np.searchsorted(g.score, threshold, side="right"))) for i, g in enumerate(groups)}
+def by_rank(groups: Sequence[Group], order: np.ndarray, count: int) -> dict[int, int]:
+    """Return {index of the group: number that stays} where the `count` least important atoms of all groups go.
+
+    `order`: the group of each atom, the least important atom first; ties are in the order of groups and positions.
+    """
+    gone = np.bincount(order[:count], minlength=len(groups))
+    return {i: g.at_least(g.size - int(gone[i])) for i, g in enumerate(groups)}
 
 
 def drop_of(groups: Sequence[Group], keep: Mapping[int, int]) -> frozenset[int]:
@@ -161,15 +165,11 @@ def choose(
 def _dial(groups: Sequence[Group], config: StructuredConfig) -> Callable[[float], dict[int, int]]:
     if config.ranking == "local":
         return lambda t: by_share(groups, t)
-    pool = np.sort(np.concatenate([g.score for g in groups])) if groups else np.zeros(0)
-    share = config.ratio if isinstance(config.ratio, float) else None
-
-    def at(t: float) -> dict[int, int]:
-        part = t if share is None or config.constraints else t * share
-        count = int(round(part * len(pool)))
-        return by_threshold(groups, pool[count - 1] if count else -np.inf)
-
-    return at
+    scores = np.concatenate([g.score for g in groups]) if groups else np.zeros(0)
+    owners = np.repeat(np.arange(len(groups)), [g.size for g in groups])
+    order = owners[np.argsort(scores, kind="stable")]
+    share = config.ratio if isinstance(config.ratio, float) and not config.constraints else 1.0
+    return lambda t: by_rank(groups, order, int(round(t * share * len(order))))
 
 
 def check_reachable(limits: Mapping[str, float], least: Mapping[str, float], config: StructuredConfig) -> None:

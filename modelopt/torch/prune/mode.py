@@ -50,10 +50,16 @@ class StructuredMode(Mode):
 
     def restore(self, model: nn.Module, config: Any, state: dict[str, Any]) -> nn.Module:
         """Give a freshly built model the pruned shapes and attributes; its tensors are loaded afterwards."""
-        if not isinstance(state.get("structure"), dict):
-            raise CheckpointError('The state of a pruning must have the key "structure".')
-        remove_units(model, state["structure"]["layers"])
-        reapply(model, state["structure"]["axes"])
+        structure = state.get("structure")
+        if not isinstance(structure, dict) or set(structure) != {"axes", "layers"}:
+            raise CheckpointError('The state of a pruning must hold "structure": {"axes": {...}, "layers": {...}}.')
+        layers = structure["layers"]
+        if not isinstance(layers, dict) or not all(
+            isinstance(kept, list) and all(type(i) is int for i in kept) for kept in layers.values()
+        ):
+            raise CheckpointError(f'"layers" must hold lists of the blocks that stay; seen: {layers!r:.80}.')
+        remove_units(model, layers)
+        reapply(model, structure["axes"])
         self.done = state
         return model
 

@@ -40,6 +40,7 @@ from modelopt.torch.prune.importance import Data, score_families
 from modelopt.torch.prune.verify import verify_pruning
 from modelopt.torch.trace.axes import infer_axes
 from modelopt.torch.trace.axes.apply import describe
+from modelopt.torch.trace.axes.families import UNUSED
 from modelopt.torch.trace.inputs import MODEL_ERRORS, Inputs, failure, resolve_inputs, run
 from modelopt.torch.utils.network import num_parameters, unwrap_model
 
@@ -235,11 +236,15 @@ def _family_rows(axes: Any, drop: frozenset[int]) -> list[dict[str, Any]]:
     return rows
 
 
+def _line(where: str) -> str:
+    return f" ({'/'.join(where.split('/')[-2:])})" if where else ""
+
+
 def explain_frozen(axes: Any) -> str:
     """Return one sentence that says why dimensions of the model cannot be pruned."""
     if not axes.frozen:
         return "No dimension of a parameter was used by the forward pass."
-    shown = "; ".join(f"{f.parameter} dim {f.dim}: {f.reason}" for f in axes.frozen[:_SHOWN])
+    shown = "; ".join(f"{f.parameter} dim {f.dim}: {f.reason}{_line(f.where)}" for f in axes.frozen[:_SHOWN])
     return f"{len(axes.frozen)} dimensions are fixed: {shown}."
 
 
@@ -271,12 +276,28 @@ def carry_out(task: Task, plan: Plan) -> tuple[dict[str, Any], dict[str, Any]]:
     if wanted is None:
         wanted = num_parameters(task.model) <= VERIFY_UP_TO and not _is_meta(task.model)
     verdict = _prove(task, plan) if wanted else None
+    idle = _idle(task)
     changes = task.axes.apply(task.model, plan.drop)
     shortened = remove_units(task.model, plan.layers)
-    return _report(plan, changes, shortened, verdict), {
+    return _report(plan, changes, shortened, verdict, idle), {
         "axes": renamed(describe(changes), plan.layers),
         "layers": plan.layers,
     }
+
+
+def _idle(task: Task) -> list[str]:
+    """Return the modules that hold parameters themselves and of which nothing entered the forward pass."""
+    axes, called = task.axes, {call.name for call in task.axes.calls}
+    reasons: dict[str, set[str]] = {}
+    for frozen in axes.frozen:
+        reasons.setdefault(frozen.parameter, set()).add(frozen.reason)
+    unused = {n for n, dims in axes.parameters.items() if not any(dims) and reasons.get(n) == {UNUSED}}
+    idle = []
+    for name, module in task.model.named_modules():
+        own = [f"{name}.{n}" if name else n for n, p in module.named_parameters(recurse=False) if p.numel() > 1]
+        if own and name not in called and unused.issuperset(own):
+            idle.append(name)
+    return idle
 
 
 def _is_meta(model: nn.Module) -> bool:
@@ -325,15 +346,23 @@ def _prove_layers(trial: nn.Module, inputs: Inputs, plan: Plan) -> None:
         )
 
 
-def _report(plan: Plan, changes: Any, shortened: dict[str, tuple[Any, Any]], verdict: dict[str, Any] | None) -> dict[str, Any]:
+def _report(
+    plan: Plan, changes: Any, shortened: dict[str, tuple[Any, Any]], verdict: dict[str, Any] | None, idle: list[str]
+) -> dict[str, Any]:
     if plan.kept_back:
         warn(f"{len(plan.kept_back)} families could not be pruned as asked: {'; '.join(plan.kept_back[:_SHOWN])}")
+    if idle:
+        warn(
+            f"{len(idle)} modules with parameters did not run on the dummy input, the first: {', '.join(idle[:_SHOWN])}. They "
+            "kept their sizes; what reads pruned channels in them (training-only heads) will not run any more."
+        )
     attributes = {**getattr(changes, "attributes", {}), **shortened}
     return {
         "families": list(plan.families),
         "layers": plan.layers,
         "costs": {name: {"before": before, "after": after} for name, (before, after) in plan.costs.items()},
         "kept_back": list(plan.kept_back),
+        "did_not_run": idle,
         "attributes": {k: list(v) for k, v in attributes.items()},
         "config": changes.config,
         "described_by_config": changes.described,

@@ -101,6 +101,12 @@ def test_global_ranking_compares_families():
     assert set(A.atoms[:32]) <= drop
 
 
+def test_ties_in_a_global_ranking_take_no_more_than_was_asked():
+    table = {f.name: np.ones(f.size) for f in AXES.families}
+    assert len(pick(table=table, ratio=0.1, ranking="global")) == 16
+    assert 60 <= len(pick(table=table, constraints={"params": 100}, ranking="global")) <= 66
+
+
 def test_what_cannot_be_met_says_the_least_that_can():
     with pytest.raises(ConfigError, match=r"cannot be met.*least is 1[0-9]\b"):
         pick(constraints={"params": "1%"})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 
 import pytest
 import torch
@@ -12,8 +13,10 @@ from torch import nn
 import modelopt.torch.opt as mto
 import modelopt.torch.quantization as mtq
 from modelopt.core.errors import ConfigError, ModeError, ModelOptError, TraceError
+from modelopt.core.logging import ModelOptWarning
 from modelopt.torch.prune import prune
 from modelopt.torch.prune import pruning as module_under_test
+from modelopt.torch.trace.axes import Axes
 
 
 class Residual(nn.Module):
@@ -205,6 +208,72 @@ def test_excluded_blocks_and_the_largest_share(net):
     assert all(2 * f["after"] >= f["before"] for f in result["families"])
 
 
+@pytest.mark.parametrize("x", [torch.zeros(0, 3, 8, 8), torch.full((2, 3, 8, 8), float("nan"))])
+def test_inputs_that_prove_nothing_are_refused(net, x):
+    with pytest.raises(module_under_test.PruningError, match="Nothing is proven"):
+        prune(net, "structured", {"ratio": 0.5}, x)
+
+
+def test_zeros_as_dummy_input_still_prove_something(net, monkeypatch):
+    apply = Axes.apply
+
+    def wrong(axes, model, drop):
+        result = apply(axes, model, drop)
+        if model is not net:
+            model.stem.weight.data = model.stem.weight.data.flip(0)
+        return result
+
+    net.stem.bias.data.zero_()
+    monkeypatch.setattr(Axes, "apply", wrong)
+    with pytest.raises(module_under_test.PruningError):
+        prune(net, "structured", {"ratio": 0.5}, torch.zeros_like(X))
+
+
+def hostile(state, change):
+    state = copy.deepcopy(state)
+    change(state["steps"][0]["state"]["structure"])
+    return state
+
+
+OS = ["forward.__func__.__globals__.os", "W_OK", [], 1]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda s: s["axes"]["attributes"].append(OS),
+        lambda s: s["axes"]["attributes"].append(["", "__dict__", [], 1]),
+        lambda s: s["axes"]["attributes"].append(["stem", "out_channels", [], 10**15]),
+        lambda s: s["axes"]["attributes"].append(["stem", "out_channels", [], 0]),
+        lambda s: s["axes"]["attributes"].append(["stem", "kernel_size", [7], 3]),
+        lambda s: s["axes"]["attributes"].append(None),
+        lambda s: s["axes"]["shapes"].update({"stem.weight": [8.9, 3, 3, 3]}),
+        lambda s: s["axes"]["shapes"].update({"stem.weight": [10**9, 3, 3, 3]}),
+        lambda s: s["axes"]["shapes"].update({"stem.weight": "8333"}),
+        lambda s: s.pop("axes"),
+        lambda s: s.update(axes=None),
+        lambda s: s.update(layers={"blocks": "all"}),
+        lambda s: s.update(layers={"blocks": [0, 99]}),
+        lambda s: s.update(layers={"__class__": [0]}),
+    ],
+)
+def test_a_hostile_description_changes_nothing(net, change):
+    prune(net, "structured", {"ratio": 0.5}, X)
+    dense = Net().eval()
+    before, width = {n: t.clone() for n, t in dense.state_dict().items()}, dense.width
+    with pytest.raises(ModelOptError):
+        mto.restore_from_modelopt_state(dense, hostile(mto.modelopt_state(net), change))
+    assert os.W_OK == 2 and dense.width == width and len(dense.blocks) == 4
+    assert all(torch.equal(t, before[n]) for n, t in dense.state_dict().items())
+
+
+def test_heads_that_only_run_in_training_are_named(net):
+    net.aux = nn.Linear(16, 5)
+    with pytest.warns(ModelOptWarning, match="did not run.*aux"):
+        _, result = prune(net, "structured", {"ratio": 0.5}, X)
+    assert result["did_not_run"] == ["aux"]
+
+
 class Fixed(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -218,8 +287,8 @@ def test_a_size_that_cannot_be_repaired_is_refused_with_its_line():
     unchanged(
         Fixed(),
         X,
-        module_under_test.PruningError,
-        r"test_pruning.py:\d+: .*view\(-1, 16\)",
+        ModelOptError,
+        r"test_pruning.py:\d+",
         "structured",
         {"ratio": 0.5},
         torch.zeros(2, 8),

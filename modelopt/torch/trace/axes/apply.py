@@ -1,8 +1,8 @@
 """Cuts a model to what survives and gives its modules and configs the sizes that its code then needs.
 
 Everything is computed and checked before the first write, so a refusal leaves the model untouched. Parameters keep their identity
-(`.data` is replaced): optimizers, ties and hooks stay valid; gradients are cleared. `describe` is what happened as JSON,
-`reapply` repeats it on a freshly built model.
+(`.data` is replaced): ties and hooks stay valid, gradients are cleared. An optimizer that holds moments of the old shapes must be
+made anew. `describe` is what happened as JSON, `reapply` repeats it on a freshly built model.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import nn
 from modelopt.core.errors import TraceError
 from modelopt.torch.trace.axes.construct import plan_config
 from modelopt.torch.trace.axes.expr import Attr
-from modelopt.torch.trace.axes.places import path_of, read, write
+from modelopt.torch.trace.axes.places import owners, path_of, read, write
 from modelopt.torch.trace.axes.solve import Repair, solve
 
 _SHOWN = 4
@@ -154,21 +154,48 @@ def describe(changes: Changes) -> dict[str, Any]:
     return {"attributes": attributes, "shapes": {name: list(new) for name, (_, new) in changes.shapes.items()}}
 
 
+def _parsed(description: Any) -> tuple[list[tuple[Attr, int]], dict[str, tuple[int, ...]]]:
+    """Check the types of a description. Raises TraceError."""
+    wanted = 'The description of a pruned structure must be {"attributes": [[owner, name, path, number], ...], "shapes": {...}}.'
+    if not isinstance(description, Mapping) or set(description) != {"attributes", "shapes"}:
+        raise TraceError(wanted)
+    attributes, shapes = description["attributes"], description["shapes"]
+    if not isinstance(attributes, list) or not isinstance(shapes, Mapping):
+        raise TraceError(wanted)
+    rows = []
+    for row in attributes:
+        typed = isinstance(row, list) and len(row) == 4 and isinstance(row[0], str) and isinstance(row[1], str)
+        if not typed or not isinstance(row[2], list) or type(row[3]) is not int or not all(type(p) in (int, str) for p in row[2]):
+            raise TraceError(f"{wanted} Seen: {row!r:.80}")
+        rows.append((Attr(row[0], row[1], tuple(row[2])), row[3]))
+    for name, shape in shapes.items():
+        if not isinstance(name, str) or not isinstance(shape, list) or not all(type(n) is int for n in shape):
+            raise TraceError(f"{wanted} Seen the shape {shape!r:.80} of {name!r:.80}.")
+    return rows, {name: tuple(shape) for name, shape in shapes.items()}
+
+
 def reapply(model: nn.Module, description: Mapping[str, Any]) -> nn.Module:
     """Give a freshly built dense model the shapes and attributes of `describe`; values are the leading entries of the old ones.
 
     Raises TraceError, before anything is changed, where the description does not fit the model.
     """
-    try:
-        rows = [(Attr(str(o), str(n), tuple(p)), int(v)) for o, n, p, v in description["attributes"]]
-        shapes = {str(name): tuple(int(s) for s in shape) for name, shape in description["shapes"].items()}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise TraceError('The description of a pruned structure must be {"attributes": [...], "shapes": {...}}.') from error
+    rows, shapes = _parsed(description)
     found = dict(model.named_buffers(remove_duplicate=False))
     found.update(model.named_parameters(remove_duplicate=False))
+    # Only modules and configs of this model can be named: the description comes from a file.
+    known = {path for path, _ in owners(model)}
+    most = max([n for t in found.values() for n in t.shape], default=1)
     for attr, value in rows:
-        if not (read(model, attr) is None or type(read(model, attr)) is int) or value < 0:
-            raise TraceError(f"{attr} cannot become {value}: it is {read(model, attr)!r}.")
+        if attr.owner not in known or attr.name.startswith("__"):
+            raise TraceError(f"{attr} belongs to no module or config of the model. Is it the model that was pruned?")
+        try:
+            now = read(model, attr)
+        except (IndexError, KeyError, TypeError) as error:
+            raise TraceError(
+                f"The model has no attribute {attr}, which is to be set. Is it the model that was pruned?"
+            ) from error
+        if not (now is None or type(now) is int) or not 0 < value <= max(most, now or 1):
+            raise TraceError(f"{attr} cannot become {value}: it is {now!r}.")
     for name, shape in shapes.items():
         old = tuple(found[name].shape) if name in found else None
         if old is None or len(old) != len(shape) or any(n > m or n < 1 for n, m in zip(shape, old, strict=False)):
