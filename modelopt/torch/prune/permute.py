@@ -24,7 +24,7 @@ def permutation_error(
     """Permute all families at once, and one by one if that changes an output; return (error, the family at fault or None).
 
     `model` is a float64 copy whose values may be changed; they are put back. `run(model)` returns its outputs. A family whose
-    atoms do not all stand at equally many positions has no permutation and is left out.
+    atoms do not all stand at equally many positions, or where it is not known which answers to which, is left out.
     """
     families = [f for f in families if _permutable(f)]
     before = _flat(run(model))
@@ -39,7 +39,8 @@ def permutation_error(
 
 
 def _permutable(family: Any) -> bool:
-    return len(family.atoms) > 1 and all(len(set(map(len, slot.positions))) == 1 for slot in family.slots)
+    equal = all(len(set(map(len, slot.positions))) == 1 for slot in family.slots)
+    return len(family.atoms) > 1 and equal and getattr(family, "regular", True)
 
 
 def _error(model: nn.Module, families: list[Any], run: Callable[[nn.Module], Any], before: list[Tensor]) -> float:

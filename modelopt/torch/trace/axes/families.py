@@ -34,6 +34,12 @@ class Slot:
         return self._axes.positions(self._axis, self._family)
 
     @property
+    def copies(self) -> bool:
+        """Whether an atom stands at several positions that nothing else in their labels tells apart."""
+        assert self._family is not None
+        return self._axes.places(self._axis, self._family)[1]
+
+    @property
     def multiple(self) -> int:
         """How many indices of this dimension one atom carries (the most, where atoms differ)."""
         return max((len(p) for p in self.positions), default=0)
@@ -62,6 +68,18 @@ class Family:
     def multiple(self) -> int:
         """How many indices of its widest dimension one atom carries."""
         return max((s.multiple for s in self.slots), default=1)
+
+    @cached_property
+    def regular(self) -> bool:
+        """Whether it is known which position of one atom answers to which of another, so that atoms can be exchanged.
+
+        Copies of an atom (a channel used twice) answer to one another in order where they lie alike for all atoms.
+        """
+        copied = [np.array(s.positions) for s in self.slots if s.copies and len(set(map(len, s.positions))) == 1]
+        if len(copied) != sum(s.copies for s in self.slots):
+            return False
+        alike = all(bool((np.diff(p, axis=1) == np.diff(p[0])).all()) for p in copied)
+        return alike and all(bool((np.argsort(p[:, 0]) == np.argsort(copied[0][:, 0])).all()) for p in copied)
 
     def __repr__(self) -> str:
         return f"Family({self.name!r}, {self.kind}, size={self.size}, slots={len(self.slots)})"
@@ -209,7 +227,11 @@ class Axes:
         return apply(self, model, drop)
 
     def positions(self, axis: Axis, family: Family) -> tuple[Ids, ...]:
-        """For each atom of a family, its positions in an axis, those of like labels (but for the atom) in like order."""
+        """For each atom of a family its positions in an axis, those of like labels (but for the atom) in like order."""
+        return self.places(axis, family)[0]
+
+    def places(self, axis: Axis, family: Family) -> tuple[tuple[Ids, ...], bool]:
+        """The positions, and whether some of one atom have the same label throughout."""
         key = (axis, family.atoms)
         cache = self.__dict__.setdefault("_positions", {})
         if key not in cache:
@@ -219,10 +241,13 @@ class Axes:
             atoms = rows[where, column]
             rest = rows[where]
             rest[np.arange(len(where)), column] = 0
-            order = np.lexsort((where, *canonical(rest).T[::-1], atoms))
-            where = where[order]
+            rest = canonical(rest)
+            order = np.lexsort((where, *rest.T[::-1], atoms))
+            where, rest = where[order], rest[order]
             bounds = np.searchsorted(atoms[order], mine)
-            cache[key] = tuple(where[a:b] for a, b in zip(bounds, [*bounds[1:], len(where)], strict=True))
+            positions = tuple(where[a:b] for a, b in zip(bounds, [*bounds[1:], len(where)], strict=True))
+            same = (atoms[order][1:] == atoms[order][:-1]) & (rest[1:] == rest[:-1]).all(axis=1)
+            cache[key] = positions, bool(same.any())
         return cache[key]
 
 
