@@ -28,7 +28,7 @@ from modelopt.torch.trace.axes.rules.registry import MODULE_RULES, Call, Rule, t
 
 _KEY = "_modelopt_axes"
 _RUNS = itertools.count()
-_HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+_HERE = os.path.abspath(os.path.join(os.path.dirname(__file__), "..", "..", ".."))  # the package
 _TORCH = os.path.dirname(os.path.abspath(torch.__file__))
 
 
