@@ -13,6 +13,7 @@ from modelopt.cli import options as o
 from modelopt.cli.console import out, print_json, print_line, table
 from modelopt.cli.plan import print_facts
 from modelopt.core.errors import ConfigError, ModelOptError
+from modelopt.core.files import staged_file
 
 if TYPE_CHECKING:
     from torch import fx, nn
@@ -44,6 +45,8 @@ def trace(
     """Show how a model computes, which of its dimensions go together, and which cannot be changed."""
     if svg and Path(svg).exists() and not overwrite:
         raise ConfigError(f"{svg} exists. Pass --overwrite to replace it.")
+    if svg and not Path(svg).absolute().parent.is_dir():
+        raise ConfigError(f"The directory of {svg} does not exist. Make it, or choose another file.")
     from modelopt.torch.trace import analyze_symbols, recursive_trace
 
     built = build_model(model, trust_remote_code)
@@ -54,7 +57,8 @@ def trace(
     if svg:
         from modelopt.torch.trace.draw import draw
 
-        Path(svg).write_text(draw(graphs, analyzer, module=module, depth=depth), encoding="utf-8")
+        with staged_file(Path(svg), overwrite) as stage:
+            stage.write_text(draw(graphs, analyzer, module=module, depth=depth), encoding="utf-8")
     if json:
         print_json(to_dict(model, graphs, analyzer, graph, module))
         return

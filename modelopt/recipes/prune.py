@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from modelopt.core.errors import ExportError
+from modelopt.core.errors import ConfigError, ExportError
 from modelopt.core.logging import Progress, null_progress
 from modelopt.evaluate.kl import Comparison, Reference
 from modelopt.recipes.load import Evaluation, Text
@@ -68,6 +68,8 @@ def prune_model(
     target = check_target(out, overwrite)
     source = open_source(model)
     require_plain(source)
+    if target.resolve() == source.directory.resolve() or target.resolve() in source.directory.resolve().parents:
+        raise ConfigError(f"{target} is (or holds) the original model itself. Choose another output directory.")
     where, kind = compute_device(device), compute_dtype(source, dtype)
     tokenizer = None
     if evaluation is not None or config.importance in NEEDS_DATA:

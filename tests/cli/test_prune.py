@@ -48,3 +48,8 @@ def test_a_limit_data_and_the_comparison_as_json(modelopt, tiny, tmp_path):
 def test_bad_input_writes_nothing(modelopt, tiny, tmp_path, arguments, words):
     done = modelopt("prune", tiny, *arguments, "--no-evaluate", "--out", tmp_path / "out")
     assert done.code == 2 and words in done.err and not (tmp_path / "out").exists()
+
+
+def test_the_original_is_never_replaced(modelopt, tiny):
+    done = modelopt("prune", tiny, "--ratio", "0.5", "--out", tiny, "--overwrite")
+    assert done.code == 2 and "original model itself" in done.err and (tiny / "config.json").is_file()
