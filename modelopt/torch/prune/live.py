@@ -254,8 +254,8 @@ class LiveMode(Float64Mode):
             x = x.masked_fill(dead, 1 if name in ("prod", "all") else 0)
         result = func(x, *args[1:], **kwargs)
         outs = tensors_in(result)
-        if "softmax" in name:
-            return result, [dead]
+        if "softmax" in name:  # a row of dead and masked elements alone is not a number
+            return result.masked_fill(result.isnan() & dead.any(args[1], keepdim=True), 0), [dead]
         if name in ("topk", "sort"):
             return result, [dead.gather(given.get("dim", -1), outs[1]), None]
         _, dims, keep = _reduction(func, args, kwargs)
