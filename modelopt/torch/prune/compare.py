@@ -22,6 +22,8 @@ def outputs_of(value: Any, path: str = "") -> dict[str, Tensor]:
         items = list(enumerate(value))
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
         items = [(f.name, getattr(value, f.name)) for f in dataclasses.fields(value)]
+    elif not path and hasattr(value, "__dict__"):  # the model returns an object of its own
+        items = list(vars(value).items())
     else:
         return {}
     found: dict[str, Tensor] = {}
@@ -31,13 +33,15 @@ def outputs_of(value: Any, path: str = "") -> dict[str, Tensor]:
 
 
 def results(outputs: Iterable[str]) -> list[str]:
-    """Return the outputs that a pruned model must return whole: the logits where there are any, else all that are not states.
+    """Return the outputs that a pruned model must return whole: all that are not states.
 
-    States (hidden states, attention maps, caches) may be narrower, and permuted with their family.
+    Beside logits the last hidden state is one. States (hidden states, attention maps, caches) may be narrower, and permuted
+    with their family.
     """
     names = list(outputs)
-    logits = [n for n in names if "logits" in n.split(".")[0]]
-    return logits or [n for n in names if not n.split(".")[0].endswith(STATES)] or names
+    logits = any("logits" in n.split(".")[0] for n in names)
+    states = (*STATES, "last_hidden_state", "model_output") if logits else STATES
+    return [n for n in names if not n.split(".")[0].endswith(states)] or names
 
 
 def difference(dense: Tensor, pruned: Tensor, dead: Tensor | None) -> tuple[float, bool]:

@@ -347,8 +347,8 @@ def _comparison(symbol: str, name: str) -> Callable[[Any, Any], Any]:
         relation = symbol if result else _OPPOSITE[symbol]
         both = type(other) is Tainted
         frame = sys._getframe(1)
-        # A constant is only a condition where it was met; torch's own layers compare with constants for speed, not for meaning.
-        if (relation == "==" or both) and (both or not _foreign(frame.f_code.co_filename)) and _written(frame):
+        # Being unlike a constant is no condition; torch's own layers compare with constants for speed, not for meaning.
+        if (relation != "!=" or both) and (both or not _foreign(frame.f_code.co_filename)) and _written(frame):
             Recording.active[-1].add(expr_of(self), relation, expr_of(other), "comparison")
         return result
 

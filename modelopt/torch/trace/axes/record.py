@@ -6,6 +6,7 @@ hooks. Labels live on the tensors themselves (one attribute), so they live exact
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import os
 import re
@@ -322,7 +323,7 @@ class Recorder(TorchDispatchMode):
     def freeze_outputs(self, output: Any) -> None:
         """What the model returns is what its user sees: those dimensions are kept."""
         self._op = "output"
-        for tensor in tensors(results_of(output)):
+        for tensor in tensors(_plain(results_of(output))):
             for axis in self.axes(tensor):
                 self.store.freeze(axis, "the model returns it")
 
@@ -336,14 +337,33 @@ class Recorder(TorchDispatchMode):
 _INTERMEDIATE = ("hidden_states", "attentions", "past_key_values", "encoder_last_hidden_state", "mems", "cache_params")
 
 
+_BESIDE_LOGITS = (*_INTERMEDIATE, "last_hidden_state", "model_output")
+
+
 def results_of(output: Any) -> Any:
-    """What of a model's output is a result: of a mapping with logits only those, else all but what is named as intermediate."""
-    if not isinstance(output, Mapping):
+    """What of a model's output is a result: everything but what a mapping names as intermediate.
+
+    Beside logits the last hidden state is intermediate too; boxes, embeddings and masks never are. The attributes of a plain
+    object and the fields of a dataclass count.
+    """
+    if isinstance(output, Mapping):
+        logits = any("logits" in str(k) for k in output)
+        inner = _BESIDE_LOGITS if logits else _INTERMEDIATE
+        return {k: v for k, v in output.items() if not str(k).endswith(inner)} or dict(output)
+    if isinstance(output, (torch.Tensor, list, tuple)) or not hasattr(output, "__dict__"):
         return output
-    logits = {k: v for k, v in output.items() if "logits" in str(k)}
-    if logits:
-        return logits
-    return {k: v for k, v in output.items() if not str(k).endswith(_INTERMEDIATE)} or dict(output)
+    return dict(vars(output))
+
+
+def _plain(value: Any) -> Any:
+    """Nested results with dataclasses as dicts of their fields."""
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(v) for v in value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    return value
 
 
 def _writes(func: Any) -> tuple[tuple[int, str], ...]:

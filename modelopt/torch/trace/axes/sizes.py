@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch._C._functorch import is_functorch_wrapped_tensor
@@ -53,6 +54,12 @@ _ARITHMETIC = frozenset(
 )
 
 
+_VALUES = frozenset({"alpha", "beta", "value", "fill_value", "min", "max", "negative_slope", "other", "weight", "scale", "p"})
+_VALUE_ARGUMENTS = {
+    "full": 1, "full_like": 1, "new_full": 2, "fill": 1, "clamp": 1, "clamp_min": 1, "clamp_max": 1, "masked_fill": 2,
+}  # fmt: skip
+
+
 def _is_arithmetic(func: Any) -> bool:
     name = getattr(func, "__name__", "").strip("_")
     return name in _ARITHMETIC or name[1:] in _ARITHMETIC  # radd, imul, ...
@@ -74,6 +81,7 @@ class SizeMode(TorchFunctionMode):
             if result is not None:
                 return result
         result = func(*args, **kwargs)
+        self._values(func, args, kwargs)
         handler = HANDLERS.get(func)
         if handler is not None:
             return handler(self, args, kwargs, result)
@@ -81,6 +89,14 @@ class SizeMode(TorchFunctionMode):
             if type(value) is Tainted and _is_arithmetic(func):
                 as_number(value)
         return result
+
+    def _values(self, func: Any, args: Any, kwargs: Any) -> None:
+        """A size that enters an op as a value (a factor, a bound, what a tensor is filled with) must stay what it is."""
+        given = [v for k, v in kwargs.items() if k in _VALUES]
+        first = _VALUE_ARGUMENTS.get(getattr(func, "__name__", "").rstrip("_"))
+        for value in (*given, *(args[first:] if first is not None else ())):
+            if type(value) is Tainted:
+                as_number(value)
 
     # ---- what the handlers use
     def axes(self, tensor: torch.Tensor) -> Sequence[Any]:
@@ -91,7 +107,9 @@ class SizeMode(TorchFunctionMode):
 
     def length(self, given: Any, axis: Any, size: int, what: str) -> None:
         """Record that `given`, as the code computed it, is the length of a dim with this axis and present size."""
-        if isinstance(given, bool) or not isinstance(given, int):
+        if isinstance(given, np.integer) or (isinstance(given, torch.Tensor) and given.device.type != "meta"):
+            given = int(given)  # the code computed it where it cannot be followed: a literal
+        if isinstance(given, bool) or not isinstance(given, int) or given < 0:
             return
         expr = expr_of(given)
         if axis is not None and size > 1:

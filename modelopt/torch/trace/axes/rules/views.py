@@ -57,8 +57,12 @@ def squeeze(call: Call) -> Axes:
     gone = dims_of(call.arg(1, "dim"), source.dim())
     axes, shape = call.axes(source), tuple(call.out.shape)
     if source is call.out:  # in place: the shape has changed already
-        axes = tuple(a for a in axes if a is not None)
-        return [axes[0] if n > 1 and len(axes) == 1 else None for n in shape]
+        labelled = [a for a in axes if a is not None]
+        if len(labelled) != sum(n > 1 for n in shape):
+            call.freeze_all(labelled, "squeezed in place")
+            return [None] * len(shape)
+        left = iter(labelled)
+        return [next(left) if n > 1 else None for n in shape]
     return [a for k, a in enumerate(axes) if not (k in gone and source.shape[k] == 1)]
 
 
