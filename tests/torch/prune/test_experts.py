@@ -39,3 +39,9 @@ def test_experts_stay_unless_they_are_named_and_never_fewer_than_are_picked():
     assert not [f for f in infer_axes(model, (), IDS).families if f.kind == "experts"]
     _, result = prune(model, [("structured", {"ratio": {"experts": 0.9}})], {}, IDS)
     assert {f["after"] for f in result["families"]} == {2}
+
+
+def test_no_hook_outlives_a_trace():
+    infer_axes(build("mixtral"), (), IDS)
+    tables = [v for k, v in vars(torch.nn.modules.module).items() if k.startswith("_global") and isinstance(v, dict)]
+    assert tables and not any(tables)

@@ -315,6 +315,8 @@ class Recorder(TorchDispatchMode):
         super().__exit__(kind, error, trace)
         for hook in self._hooks:
             hook.remove()
+            # torch forgets this table when a global hook is removed, and torch.compile then warns for ever.
+            torch.nn.modules.module._global_forward_hooks_with_kwargs.pop(hook.id, None)
         torch.backends.mha.set_fastpath_enabled(self._fast)
         with torch.no_grad():
             for base, value in self._saved.values():

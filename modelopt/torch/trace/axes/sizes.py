@@ -92,8 +92,9 @@ class SizeMode(TorchFunctionMode):
 
     def _values(self, func: Any, args: Any, kwargs: Any) -> None:
         """A size that enters an op as a value (a factor, a bound, what a tensor is filled with) must stay what it is."""
-        given = [v for k, v in kwargs.items() if k in _VALUES]
-        first = _VALUE_ARGUMENTS.get(getattr(func, "__name__", "").rstrip("_"))
+        name = getattr(func, "__name__", "").rstrip("_")
+        given = [v for k, v in kwargs.items() if k in _VALUES and name != "histc"]  # its bounds follow its number of bins
+        first = _VALUE_ARGUMENTS.get(name)
         for value in (*given, *(args[first:] if first is not None else ())):
             if type(value) is Tainted:
                 as_number(value)
