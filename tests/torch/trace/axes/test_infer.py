@@ -92,7 +92,7 @@ OPS = ["add", "mul", "linear", "cat", "chunk", "split", "heads", "shuffle", "nor
 @given(st.lists(st.tuples(st.sampled_from(OPS), st.integers(0, 1), st.integers(0, 1)), min_size=1, max_size=7))
 def test_compositions(program: list[tuple[str, int, int]]) -> None:
     axes, report = prune_half(Composition(program), (r(2, 3, 5),))
-    # A split that cuts through a tiled family leaves parts that may be removed but not permuted: the removal is what is proven here.
+    # A split through a tiled family leaves parts that may be removed but not permuted: the removal is what is proven here.
     assert report.error <= 1e-7, f"{program}: {report}"
     assert not axes.unknown_ops
 
