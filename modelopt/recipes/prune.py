@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from modelopt.core.errors import ConfigError, ExportError
+from modelopt.core.errors import ExportError
 from modelopt.core.logging import Progress, null_progress
 from modelopt.evaluate.kl import Comparison, Reference
 from modelopt.recipes.load import Evaluation, Text
-from modelopt.recipes.run import VERIFY_BYTES, check_target, text_windows
+from modelopt.recipes.run import VERIFY_BYTES, check_apart, check_target, text_windows
 from modelopt.recipes.source import Source, compute_device, compute_dtype, load_model, load_tokenizer, open_source, require_plain
 from modelopt.torch.export.files import carry_files, staged_directory
 from modelopt.torch.opt.huggingface import load_pretrained, save_pretrained
@@ -68,8 +68,7 @@ def prune_model(
     target = check_target(out, overwrite)
     source = open_source(model)
     require_plain(source)
-    if target.resolve() == source.directory.resolve() or target.resolve() in source.directory.resolve().parents:
-        raise ConfigError(f"{target} is (or holds) the original model itself. Choose another output directory.")
+    check_apart(target, source)
     where, kind = compute_device(device), compute_dtype(source, dtype)
     tokenizer = None
     if evaluation is not None or config.importance in NEEDS_DATA:

@@ -81,8 +81,7 @@ def run_recipe(
         raise ConfigError("The recipe names no model. Add the key model, or pass --model.")
     source = open_source(recipe.model)
     require_plain(source)
-    if target.resolve() == source.directory.resolve() or target.resolve() in source.directory.resolve().parents:
-        raise ConfigError(f"{target} is (or holds) the original model itself. Choose another output directory.")
+    check_apart(target, source)
     where, dtype = compute_device(device), compute_dtype(source, recipe.dtype)
     plan = plan_source(source, recipe, trust_remote_code)
     _refuse(plan)
@@ -123,6 +122,13 @@ def check_target(out: str | Path | None, overwrite: bool) -> Path:
     if target.is_dir() and any(target.iterdir()) and not overwrite:
         raise ConfigError(f"The directory {target} is not empty. Choose another one, or replace it with --overwrite.")
     return target
+
+
+def check_apart(target: Path, source: Source) -> None:
+    """Raise ConfigError if the output directory is the original model, or holds it."""
+    original = source.directory.resolve()
+    if target.resolve() == original or target.resolve() in original.parents:
+        raise ConfigError(f"{target} is (or holds) the original model itself. Choose another output directory.")
 
 
 def _refuse(plan: Plan) -> None:

@@ -16,7 +16,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from modelopt.core.errors import ConfigError
-from modelopt.torch.trace.axes.families import Survivors
 
 Live = Callable[[Any, int], int]
 
@@ -38,8 +37,7 @@ class Costs:
 
     def of(self, drop: frozenset[int], name: str) -> float:
         """Return the cost called `name` (params, memory, flops) of the model without the atoms `drop`."""
-        survivors = Survivors(self.axes.store, drop)
-        live: Live = survivors.count if drop else _whole
+        live: Live = self.axes.survivors(drop).count if drop else _whole
         if name == "flops":
             return self._flops(live)
         if name == "params":
@@ -109,8 +107,3 @@ _RULES: dict[str, Callable[[list[list[int]], list[list[int]]], int]] = {
         _attention,
     ),
 }
-
-
-def summary(costs: Costs, drop: frozenset[int], names: Iterable[str]) -> dict[str, tuple[float, float]]:
-    """Return {cost: (before, after)}."""
-    return {name: (costs.of(frozenset(), name), costs.of(drop, name)) for name in names}

@@ -24,7 +24,7 @@ from modelopt.core.errors import CheckpointError, ConfigError
 from modelopt.core.match import matches
 from modelopt.torch.trace.axes.construct import builder_of
 from modelopt.torch.trace.axes.places import configs
-from modelopt.torch.trace.inputs import MODEL_ERRORS
+from modelopt.torch.trace.inputs import MODEL_ERRORS, quiet_run
 from modelopt.torch.utils.network import get_submodule
 
 
@@ -70,10 +70,7 @@ def _is_unit(calls: Sequence[Any]) -> bool:
 
 def first_tensor(value: Any) -> Tensor | None:
     """Return the first floating-point tensor in nested tuples, lists, mappings and model outputs."""
-    if isinstance(value, Tensor):
-        return value if value.is_floating_point() else None
-    items = value.values() if isinstance(value, Mapping) else value if isinstance(value, tuple | list) else ()
-    return next((t for t in map(first_tensor, items) if t is not None), None)
+    return next(iter(tensors_of(value)), None)
 
 
 def tensors_of(value: Any) -> list[Tensor]:
@@ -130,7 +127,7 @@ def influence(model: nn.Module, stacks: Sequence[Stack], run: Callable[[nn.Modul
     names = [unit_name(s, i) for s in stacks for i in s.units]
     handles = _hooked(model, names, observe)
     try:
-        with torch.no_grad():
+        with quiet_run(model):
             run(model)
     finally:
         for handle in handles:

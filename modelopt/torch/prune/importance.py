@@ -11,6 +11,7 @@ A criterion is a function (model, axes, Data) -> [number of atoms] float64; `IMP
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ from modelopt.core.errors import CalibrationError, ConfigError
 from modelopt.core.registry import Registry
 from modelopt.torch.calibration.data import TokenMask, feed
 from modelopt.torch.calibration.executor import run_forward
+from modelopt.torch.trace.inputs import quiet_run
 
 _ROWS = 4096
 
@@ -146,15 +148,14 @@ def activation(model: nn.Module, axes: Any, data: Data) -> np.ndarray:
     handles = [
         model.get_submodule(name).register_forward_pre_hook(_observer(name, dims, sums, masks)) for name, dims in wanted.items()
     ]
-    training = model.training
-    model.eval()
     try:
-        if run_forward(model, data.forward_loop, on_start=masks.append) == 0:
-            raise CalibrationError("The forward loop did not run the model. Pass batches, or a callable that calls it.")
+        with quiet_run(model):
+            calls = run_forward(model, data.forward_loop, on_start=masks.append)
     finally:
         for handle in handles:
             handle.remove()
-        model.train(training)
+    if calls == 0:
+        raise CalibrationError("The forward loop did not run the model. Pass batches, or a callable that calls it.")
     scores = np.zeros(axes.num_atoms)
     for name, dims in wanted.items():
         for dim, axis in dims.items():
@@ -222,28 +223,23 @@ def _effects(model: nn.Module, data: Data) -> dict[str, Tensor]:
             "f(output, batch) is a scalar; a transformers model that returns its own loss needs no loss_func."
         )
     flags = [(p, p.requires_grad) for p in model.parameters()]
-    training, count = model.training, 0
-    model.eval()
+    total: dict[str, Tensor] = {}
+    empty = True
     try:
-        parameters = {n: p for n, p in model.named_parameters() if p.is_floating_point()}
-        for p in parameters.values():
-            p.requires_grad_(True)
-        total: dict[str, Tensor] = {}
-        for batch in loader:
-            loss = _loss(model, batch, data.loss_func)
-            parts = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
-            for name, part in zip(parameters, parts, strict=True):
-                if part is not None:
-                    effect = (part.detach().float() * parameters[name].detach().float()).abs_()
-                    total[name] = effect if name not in total else total[name].add_(effect)
-            count += 1
-            if data.num_batches is not None and count >= data.num_batches:
-                break
+        parameters = {n: p.requires_grad_(True) for n, p in model.named_parameters() if p.is_floating_point()}
+        with quiet_run(model):
+            for batch in itertools.islice(loader, data.num_batches):
+                empty = False
+                loss = _loss(model, batch, data.loss_func)
+                parts = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+                for name, part in zip(parameters, parts, strict=True):
+                    if part is not None:
+                        effect = (part.detach().float() * parameters[name].detach().float()).abs_()
+                        total[name] = effect if name not in total else total[name].add_(effect)
     finally:
         for p, flag in flags:
             p.requires_grad_(flag)
-        model.train(training)
-    if not count:
+    if empty:
         raise CalibrationError('The data loader for the criterion "taylor" is empty.')
     return total
 
