@@ -83,6 +83,23 @@ def test_random_depends_on_the_seed_alone(net):
     assert (scores(model, axes, "random", seed=1) != scores(model, axes, "random", seed=2)).any()
 
 
+@pytest.mark.parametrize("name", ["activation", "taylor"])
+def test_measuring_leaves_every_training_flag_alone(name):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Dropout(), nn.Linear(8, 3)).train()
+    model[1].eval()
+    before = model[1].running_mean.clone()
+    axes = infer_axes(model, (torch.randn(4, 6),))
+    seen = []
+    model[2].register_forward_hook(lambda module, args, output: seen.append(module.training))
+    data = [torch.randn(4, 6)]
+    given = {"forward_loop": data} if name == "activation" else {"data_loader": data, "loss_func": lambda y, _: y.square().mean()}
+    scores(model, axes, name, **given)
+    assert seen and not any(seen)
+    assert [m.training for m in model] == [True, False, True, True]
+    assert torch.equal(model[1].running_mean, before)
+
+
 def test_missing_data_and_unknown_names(net):
     model, axes = net
     with pytest.raises(CalibrationError, match="forward_loop"):
