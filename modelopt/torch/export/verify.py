@@ -302,10 +302,11 @@ def _in_float32(model: nn.Module, rounding: dict[str, torch.dtype]) -> nn.Module
 
 
 def _fold(module: Any, dtype: torch.dtype | None) -> None:
-    for qt in module.quantized_tensors():
+    for qt in list(module.quantized_tensors()):
         if qt.packed is not None:
-            module._modules.pop(f"{qt.name}_packed")
-            module.register_parameter(qt.name, nn.Parameter(_rounded(qt.packed(), dtype), requires_grad=False))
+            holder = module._modules.pop(f"{qt.name}_packed", None)
+            if holder is not None:  # one for all experts of a parameter
+                module.register_parameter(qt.name, nn.Parameter(_rounded(holder.stored(), dtype), requires_grad=False))
         else:  # our reader's models hold dequantized values and no weight quantizers
             value = _rounded(qt.weight_quantizer(qt.tensor) if qt.weight_quantizer.is_enabled else qt.tensor, dtype)
             if qt.expert is None:  # a parameter of its own: an embedding that it was tied to stays as it is

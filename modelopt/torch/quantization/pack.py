@@ -1,6 +1,7 @@
 """Hold quantized weights as packed codes, or write the quantized values back into the weights.
 
-pack_weights  W -> codes (bits each) + scales: memory falls to about bits / 16 of bf16; a forward dequantizes, bit-equal
+pack_weights  W -> codes (bits each) + scales: memory falls to about bits / 16 of bf16; a forward dequantizes, bit-equal, or
+              a kernel multiplies the codes; the matrices of fused experts are packed one by one and stacked
 fold_weight   W -> weight_quantizer(W), and the quantizer is switched off: the same values at full size, no work per forward
 """
 
@@ -18,7 +19,7 @@ from modelopt.core.logging import warn
 from modelopt.core.match import Rules, nearest_names
 from modelopt.torch import kernels
 from modelopt.torch.opt.surgery import walk
-from modelopt.torch.quantization.nn.modules import PackedTensor, QuantizedTensor, QuantModule, leaf_quantizers
+from modelopt.torch.quantization.nn.modules import PackedExperts, PackedTensor, QuantizedTensor, QuantModule, leaf_quantizers
 
 
 class CompressConfig(Config):
@@ -39,15 +40,15 @@ def pack_weights(model: nn.Module, config: CompressConfig) -> list[str]:
     packed: list[str] = []
     kept: list[str] = []
     for name, module in list(_quant_modules(model)):
-        for item in list(module.quantized_tensors()) if rules.resolve(name) else ():
-            full = f"{name}.{item.name}" + ("" if item.expert is None else f"[{item.expert}]")
-            if item.packed is not None or not item.weight_quantizer.is_enabled:
-                continue
-            if item.name in module.packable:
-                _pack(full, module, item)
-                packed.append(full)
+        for items in _by_parameter(module) if rules.resolve(name) else ():
+            names = [f"{name}.{item.name}" + ("" if item.expert is None else f"[{item.expert}]") for item in items]
+            if items[0].name in module.packable and _alike(items):
+                _pack(names, module, items)
+                packed += names
             else:
-                kept.append(f"{full} ({type(module).__name__})")
+                kept += [
+                    f"{n} ({type(module).__name__})" for n, i in zip(names, items, strict=True) if i.weight_quantizer.is_enabled
+                ]
     if not packed and not kept:
         raise ModeError("There is no weight to pack: none has an enabled quantizer and is allowed by a pattern. Quantize first.")
     if kept:
@@ -60,8 +61,33 @@ def _quant_modules(model: nn.Module) -> Iterator[tuple[str, Any]]:
     return ((name, module) for name, module in walk(model) if isinstance(module, QuantModule))
 
 
+def _by_parameter(module: QuantModule) -> list[list[QuantizedTensor]]:
+    """Return what is not packed yet and has an enabled quantizer, the experts of one parameter together."""
+    found: dict[str, list[QuantizedTensor]] = {}
+    for item in module.quantized_tensors():
+        if item.packed is None:
+            found.setdefault(item.name, []).append(item)
+    return [items for items in found.values() if any(i.weight_quantizer.is_enabled for i in items)]
+
+
+def _alike(items: list[QuantizedTensor]) -> bool:
+    """Whether the experts of a parameter can share one format; a single weight always can."""
+    lasts = [[q for q in leaf_quantizers(i.weight_quantizer) if q.enabled][-1:] for i in items]
+    return all(lasts) and len({str(q[0].format) for q in lasts}) == 1
+
+
 @torch.no_grad()
-def _pack(name: str, module: nn.Module, item: QuantizedTensor) -> None:
+def _pack(names: list[str], module: nn.Module, items: list[QuantizedTensor]) -> None:
+    holders = [_packed(name, item) for name, item in zip(names, items, strict=True)]
+    name, stored = items[0].name, module._parameters[items[0].name]
+    assert stored is not None
+    one = items[0].expert is None
+    holder = holders[0] if one else PackedExperts.of(holders, items[0].transposed, stored.shape)
+    del module._parameters[name]
+    module.add_module(f"{name}_packed", holder)
+
+
+def _packed(name: str, item: QuantizedTensor) -> PackedTensor:
     *first, last = [q for q in leaf_quantizers(item.weight_quantizer) if q.enabled]
     if last.rotation is not None or last.bias_value is not None or last.pre_quant_scale is not None or last.format is None:
         raise ModeError(
@@ -71,9 +97,7 @@ def _pack(name: str, module: nn.Module, item: QuantizedTensor) -> None:
     for quantizer in first:
         weight = quantizer(weight)
     parts = kernels.quantize(weight.contiguous(), *last.op_arguments())
-    holder = PackedTensor(parts, str(last.format), weight.shape, weight.dtype)
-    del module._parameters[item.name]
-    module.add_module(f"{item.name}_packed", holder)
+    return PackedTensor(parts, str(last.format), weight.shape, weight.dtype, item.transposed)
 
 
 def restore_packed(model: nn.Module, described: dict[str, Any]) -> None:
@@ -86,10 +110,11 @@ def restore_packed(model: nn.Module, described: dict[str, Any]) -> None:
         except AttributeError as error:
             raise CheckpointError(f'The saved state has a packed weight in "{parent_name}", which this model has not.') from error
         weight = parent._parameters.get(weight_name)
-        if weight is None or list(weight.shape) != list(data["shape"]):
+        holder = PackedTensor.from_description(data, None if weight is None else weight.device)
+        if weight is None or tuple(weight.shape) != holder.stored_shape:
             shown = "none" if weight is None else f"one of shape {list(weight.shape)}"
-            raise CheckpointError(f"{parent_name} should have a weight {weight_name} of shape {data['shape']}, and has {shown}.")
-        holder = PackedTensor.from_description(data, weight.device)
+            wanted = list(holder.stored_shape)
+            raise CheckpointError(f"{parent_name} should have a weight {weight_name} of shape {wanted}, and has {shown}.")
         del parent._parameters[weight_name]
         parent.add_module(leaf, holder)
 

@@ -11,10 +11,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from modelopt.numerics import Quantized
 from modelopt.torch.export import huggingface
-from modelopt.torch.export.checkpoint import Deferred, LayerRecord
+from modelopt.torch.export.checkpoint import LayerRecord
 
 PARTS = {"gate_up_proj": 2}
 
@@ -40,8 +42,13 @@ def _split(record: LayerRecord, parts: int) -> list[LayerRecord]:
     if parts == 1:
         return [record]
     weight = record.weight
-    if not isinstance(weight, Deferred) or weight.shape[0] % parts:
-        return [replace(record, note="a fused expert that is packed already cannot be split")] * parts
+    if isinstance(weight, Quantized):
+        pieces = _split_packed(weight, parts)
+        if pieces is None:
+            return [replace(record, note=f"{list(weight.shape)} in {weight.format}, packed, cannot be split")] * parts
+        return [replace(record, weight=piece) for piece in pieces]
+    if weight is None or weight.shape[0] % parts:
+        return [replace(record, note=f"an expert of shape {list(record.shape)} cannot be split into {parts} parts")] * parts
     rows = weight.shape[0] // parts
     grid = weight.format.grid(weight.shape)
     pieces = []
@@ -49,6 +56,23 @@ def _split(record: LayerRecord, parts: int) -> list[LayerRecord]:
         tensor = weight.tensor[part * rows : (part + 1) * rows]
         ranges = {key: _rows(getattr(weight, key), grid, part, parts) for key in ("amax", "amin")}
         pieces.append(replace(record, weight=replace(weight, tensor=tensor, **ranges)))
+    return pieces
+
+
+def _split_packed(weight: Quantized, parts: int) -> list[Quantized] | None:
+    """Return `parts` packed matrices with the rows of one, or None where blocks of scales lie across the cut."""
+    total, width = weight.shape
+    rows = total // parts
+    block = min(weight.format.block.sizes(weight.shape)[0], total)
+    if total % parts or (block < total and rows % block):
+        return None
+    grids = [t for t in weight.parts if t.dim() and t.shape[0] > 1]
+    if any(t.shape[0] % parts for t in grids):
+        return None
+    pieces = []
+    for part in range(parts):
+        held = [t.reshape(parts, -1, *t.shape[1:])[part] if any(t is g for g in grids) else t for t in weight.parts]
+        pieces.append(Quantized.from_parts(held, weight.format, torch.Size((rows, width)), weight.dtype))
     return pieces
 
 

@@ -6,8 +6,10 @@
 T tokens, K choices of the router, S = T K routed rows sorted by expert, E experts, H hidden, I intermediate. Both input
 quantizers are one for all experts of the layer, so an expert that no calibration token reached uses the range of its layer, and
 its weight has the range of the weight itself. The rows of the second input keep the index of their token, so that padding is
-left out of it. Layouts: transformers' `use_experts_implementation` ([E, 2I, H], or transposed, with biases, interleaved or
-without a gate), Llama 4 (every expert sees every token), DBRX (matrices stacked in 2-D tensors), and JetMoE (one matrix each).
+left out of it. Once packed, the products of all experts are one op on their codes, `modelopt::quantized_grouped_linear`.
+
+Layouts: transformers' `use_experts_implementation` ([E, 2I, H], or transposed, with biases, interleaved or without a gate),
+Llama 4 (every expert sees every token), DBRX (matrices stacked in 2-D tensors), and JetMoE (one matrix each).
 """
 
 from __future__ import annotations
@@ -21,7 +23,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from modelopt.core.errors import ConfigError
+from modelopt.numerics import Format
+from modelopt.torch import kernels
 from modelopt.torch.calibration.data import select_tokens
+from modelopt.torch.quantization.backends.packed_gemm import only_rounds
+from modelopt.torch.quantization.nn.modules.packed import PackedExperts
 from modelopt.torch.quantization.nn.modules.quant_module import (
     QuantizedTensor,
     QuantModule,
@@ -30,18 +36,31 @@ from modelopt.torch.quantization.nn.modules.quant_module import (
 from modelopt.torch.quantization.nn.modules.tensor_quantizer import TensorQuantizer
 from modelopt.torch.quantization.nn.modules.weight_cache import quantized_weight
 
+Given = tuple[str, Tensor | None]
 _ROUTED = ("hidden_states", "top_k_index", "top_k_weights")
 
 
 class ExpertsBase(QuantModule):
     """Base of the layouts: which parameters hold experts, which of them read the first input, and how one is laid out."""
 
+    packable = ("gate_up_proj", "up_proj", "down_proj", "w1", "v1", "w2", "weight")
     counts_in_coverage = True
 
     @classmethod
     def projections_of(cls, module: Any) -> tuple[tuple[str, ...], str | None]:
         """Return the parameters that read the module's input, and the one that reads the intermediate values."""
         return ("gate_up_proj",), "down_proj"
+
+    @classmethod
+    def packed_of(cls, module: Any, name: str) -> PackedExperts | None:
+        """Return the packed matrices that stand for the parameter `name`, or None."""
+        return module._modules.get(f"{name}_packed")
+
+    @classmethod
+    def shape_of(cls, module: Any, name: str) -> tuple[int, ...]:
+        """Return the shape of the parameter `name`, packed or not."""
+        packed = cls.packed_of(module, name)
+        return tuple(module._parameters[name].shape) if packed is None else packed.stored_shape
 
     @classmethod
     def transposed_in(cls, module: Any, name: str) -> bool:
@@ -51,7 +70,12 @@ class ExpertsBase(QuantModule):
     @classmethod
     def stacked(cls, module: Any, name: str) -> Tensor:
         """Return the parameter as [E, .., ..]."""
-        return module._parameters[name]
+        return getattr(module, name)
+
+    @classmethod
+    def num_experts_of(cls, module: Any, name: str) -> int:
+        """Return the number of matrices in the parameter `name`."""
+        return cls.shape_of(module, name)[0]
 
     @classmethod
     def _parameters_of(cls, module: Any) -> tuple[str, ...]:
@@ -66,12 +90,12 @@ class ExpertsBase(QuantModule):
         if down is not None:
             names.append(f"{down}_input_quantizer")
         for name in cls._parameters_of(module):
-            names += [f"{name}_weight_quantizers.{e}" for e in range(cls.stacked(module, name).shape[0])]
+            names += [f"{name}_weight_quantizers.{e}" for e in range(cls.num_experts_of(module, name))]
         return tuple(names)
 
     @classmethod
     def weights_of(cls, module: nn.Module) -> Iterator[tuple[str, str, Tensor, int | None]]:
-        """Yield every expert's matrix, a view [out, in]."""
+        """Yield every expert's matrix [out, in], a view unless it is packed."""
         for name in cls._parameters_of(module):
             transposed = cls.transposed_in(module, name)
             for e, matrix in enumerate(cls.stacked(module, name)):
@@ -82,30 +106,47 @@ class ExpertsBase(QuantModule):
         first, _ = self.projections_of(self)
         interleaved = not getattr(self, "is_concatenated", True)
         for quantizer, name, tensor, expert in self.weights_of(self):
-            inputs = self._modules[f"{first[0] if name in first else name}_input_quantizer"]
+            packed = self.packed_of(self, name)
             yield QuantizedTensor(
                 name,
                 tensor,
                 self.get_submodule(quantizer),
-                inputs,
+                self._modules[f"{first[0] if name in first else name}_input_quantizer"],
                 expert=expert,
+                packed=None if packed is None or expert is None else packed.expert(expert),
                 transposed=self.transposed_in(self, name),
                 interleaved=interleaved and name in first,
             )
 
     def _acts(self) -> bool:
         quantizers = (m for m in self.modules() if isinstance(m, TensorQuantizer))
-        return any(q.enabled or q._pre_quant_scale is not None for q in quantizers)
+        packed = any(isinstance(m, PackedExperts) for m in self._modules.values())
+        return packed or any(q.enabled or q._pre_quant_scale is not None for q in quantizers)
 
     def _matrices(self, name: str) -> list[Tensor]:
         """Return the views [out, in] of all experts."""
         stacked = self.stacked(self, name)
         return list(stacked.transpose(1, 2) if self.transposed_in(self, name) else stacked)
 
-    def _each_expert(self, x: Tensor, name: str, counts: Sequence[int] | Tensor) -> Tensor:
-        """Multiply rows [S, in], sorted by expert with `counts` rows each, by their expert's matrix; rows left over: zeros."""
+    def _counts(self, chosen: Tensor, experts: int) -> Sequence[int] | Tensor:
+        """Return how often each expert is in `chosen`: a tensor in graphs, and where all is packed (no wait)."""
+        if torch.compiler.is_compiling() or all(self.packed_of(self, name) is not None for name in self._parameters_of(self)):
+            return (chosen[:, None] == torch.arange(experts, device=chosen.device)).sum(0)
+        return torch.bincount(chosen, minlength=experts)[:experts].tolist()  # type: ignore[no-any-return]
+
+    def _each_expert(self, x: Tensor, name: str, counts: Sequence[int] | Tensor, given: Given = ("", None)) -> Tensor:
+        """Multiply rows [S, in], sorted by expert with `counts` rows each, by their expert's matrix; rows left over: zeros.
+
+        `given`: the format and range to which packed experts have to round their rows.
+        """
+        packed, bias = self.packed_of(self, name), self._parameters.get(f"{name}_bias")
+        if packed is not None:
+            ends = torch.as_tensor(counts, device=x.device).cumsum(0, dtype=torch.int32)
+            offsets = F.pad(ends, (1, 0))
+            return kernels.quantized_grouped_linear(
+                x.to(packed.dtype), offsets, packed.parts, packed.format, packed.shape[1], bias, *given
+            )
         quantizers, matrices = self._modules[f"{name}_weight_quantizers"], self._matrices(name)
-        bias = self._parameters.get(f"{name}_bias")
         if isinstance(counts, Tensor):  # in a graph: one node for the product of all experts
             stacked = torch.stack([q(w) for q, w in zip(quantizers, matrices, strict=True)])
             ends = counts.cumsum(0, dtype=torch.int32)
@@ -124,6 +165,16 @@ class ExpertsBase(QuantModule):
             pieces.append(matrices[0].new_zeros(x.shape[0] - start, matrices[0].shape[0]))
         return torch.cat(pieces)
 
+    def _rounded(self, x: Tensor, names: Sequence[str]) -> tuple[Tensor, Given]:
+        """Quantize the input of the parameters `names`, or say how, where their product on codes does it row by row."""
+        quantizer = self._modules[f"{names[0]}_input_quantizer"]
+        if all(self.packed_of(self, name) is not None for name in names) and only_rounds(quantizer):
+            text, amax, global_amax, _ = quantizer.op_arguments()  # type: ignore[operator]
+            amax = global_amax if amax is None else amax
+            if by_rows(quantizer.format):  # type: ignore[arg-type]
+                return x, (text, amax)
+        return quantizer(x), ("", None)
+
     def _gate(self, *values: Tensor) -> Tensor:
         """Return the intermediate values from those of the first parameters."""
         raise NotImplementedError
@@ -131,22 +182,20 @@ class ExpertsBase(QuantModule):
     def _both_stages(self, hidden: Tensor, token: Tensor, counts: Sequence[int] | Tensor) -> Tensor:
         """Run rows hidden[token], sorted by expert, through both products: [T, H] -> [S, H]."""
         first, down = self.projections_of(self)
-        x = self._modules[f"{first[0]}_input_quantizer"](hidden)[token]
-        y = self._gate(*(self._each_expert(x, name, counts) for name in first))
+        x, given = self._rounded(hidden, first)
+        x = x[token]
+        y = self._gate(*(self._each_expert(x, name, counts, given) for name in first))
         with select_tokens(token, hidden.shape[0]):
-            y = self._modules[f"{down}_input_quantizer"](y)
-        return self._each_expert(y, str(down), counts)
+            y, given = self._rounded(y, (str(down),))
+        return self._each_expert(y, str(down), counts, given)
 
     def _route(self, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """Send tokens [T, H] to the experts `index` [T, K] (E and above: none) and add the results times `weights`."""
         first, _ = self.projections_of(self)
-        experts = self.stacked(self, first[0]).shape[0]
+        experts = self.num_experts_of(self, first[0])
         choices, chosen = index.shape[-1], index.reshape(-1)
         order = torch.argsort(chosen, stable=True)
-        if torch.compiler.is_compiling():
-            counts: Any = (chosen[:, None] == torch.arange(experts, device=chosen.device)).sum(0)
-        else:
-            counts = torch.bincount(chosen, minlength=experts)[:experts].tolist()
+        counts = self._counts(chosen, experts)
         y = self._both_stages(hidden, order // choices, counts)
         if getattr(self, "has_post_expert_norm", False):
             y = self.post_expert_norm(y)  # type: ignore[operator]
@@ -161,7 +210,8 @@ class QuantExperts(ExpertsBase):
     @classmethod
     def projections_of(cls, module: Any) -> tuple[tuple[str, ...], str | None]:
         """gate_up_proj, or up_proj where there is no gate; then down_proj."""
-        return ("gate_up_proj" if "gate_up_proj" in module._parameters else "up_proj",), "down_proj"
+        found = module._parameters.keys() | module._modules.keys()
+        return ("gate_up_proj" if {"gate_up_proj", "gate_up_proj_packed"} & found else "up_proj",), "down_proj"
 
     @classmethod
     def transposed_in(cls, module: Any, name: str) -> bool:
@@ -170,7 +220,7 @@ class QuantExperts(ExpertsBase):
         if declared is not None:
             return bool(declared)
         (first,), down = cls.projections_of(module)
-        return module._parameters[first].shape[2] != module._parameters[down].shape[1]
+        return cls.shape_of(module, first)[2] != cls.shape_of(module, str(down))[1]
 
     def _gate(self, *values: Tensor) -> Tensor:
         if getattr(self, "has_gate", True):
@@ -207,13 +257,13 @@ class QuantLlama4Experts(ExpertsBase):
         """[E * T, H], expert after expert -> the same shape."""
         if not self._acts():
             return super().forward(hidden_states)
-        experts = self.gate_up_proj.shape[0]  # type: ignore[union-attr]
+        experts = self.num_experts_of(self, "gate_up_proj")
         tokens = hidden_states.shape[0] // experts  # type: ignore[operator]
         token = torch.arange(tokens, device=hidden_states.device).repeat(experts)
         with select_tokens(token, tokens):
-            x = self.gate_up_proj_input_quantizer(hidden_states)
-            y = self.down_proj_input_quantizer(self._gate(self._each_expert(x, "gate_up_proj", [tokens] * experts)))
-        return self._each_expert(y, "down_proj", [tokens] * experts)
+            x, given = self._rounded(hidden_states, ("gate_up_proj",))
+            y, then = self._rounded(self._gate(self._each_expert(x, "gate_up_proj", [tokens] * experts, given)), ("down_proj",))
+        return self._each_expert(y, "down_proj", [tokens] * experts, then)
 
 
 class QuantDbrxGLU(ExpertsBase):
@@ -232,7 +282,12 @@ class QuantDbrxGLU(ExpertsBase):
     @classmethod
     def stacked(cls, module: Any, name: str) -> Tensor:
         """View [E * I, H] as [E, I, H]."""
-        return module._parameters[name].view(module.moe_num_experts, module.ffn_hidden_size, module.hidden_size)
+        return getattr(module, name).view(module.moe_num_experts, module.ffn_hidden_size, module.hidden_size)
+
+    @classmethod
+    def num_experts_of(cls, module: Any, name: str) -> int:
+        """As the module says."""
+        return int(module.moe_num_experts)
 
     def _gate(self, *values: Tensor) -> Tensor:
         return self.activation_fn(values[0]) * values[1]  # type: ignore[operator]
@@ -262,7 +317,18 @@ class QuantParallelExperts(ExpertsBase):
         """[S, in] with `expert_size` rows for each expert -> [S, out]."""
         if not self._acts():
             return super().forward(inputs, expert_size)
-        return self._each_expert(self.weight_input_quantizer(inputs), "weight", list(expert_size))
+        x, given = self._rounded(inputs, ("weight",))
+        return self._each_expert(x, "weight", list(expert_size), given)
+
+
+def by_rows(fmt: Format) -> bool:
+    """Whether rounding a matrix to a format rounds every row as if it were alone, whatever the order of the rows.
+
+    >>> [by_rows(parse(f)) for f in ("e4m3[-1]~*f32", "e4m3[...]*f32", "e4m3[...]~*f32", "i8[2,64]~*f32")]
+    [True, True, False, False]
+    """
+    rows = fmt.block.sizes((4, 1 << 20))[0]
+    return rows == 1 or (rows == 4 and not fmt.dynamic)
 
 
 _KNOWN: dict[str, type[QuantModule]] = {

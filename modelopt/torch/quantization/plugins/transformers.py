@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from modelopt.torch.opt.surgery import original_class, walk
+from modelopt.torch.quantization.nn.modules.quant_linear import packed_matmul
 from modelopt.torch.quantization.nn.modules.quant_module import QuantInputBase, QuantizedTensor, quantizes
 from modelopt.torch.quantization.nn.modules.weight_cache import quantized_weight
 from modelopt.torch.quantization.plugins.hf_attention import register_attention
@@ -54,6 +55,7 @@ class QuantConv1D(QuantInputBase, Conv1D):
     """transformers' Conv1D with quantized input and weight; its weight is seen as [out, in]."""
 
     quantizer_names = ("input_quantizer", "weight_quantizer", "output_quantizer")
+    packable = ("weight",)
     counts_in_coverage = True
 
     @classmethod
@@ -68,5 +70,7 @@ class QuantConv1D(QuantInputBase, Conv1D):
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """[..., in] -> [..., out]."""
+        if "weight_packed" in self._modules:
+            return self.output_quantizer(packed_matmul(self, input))
         weight = quantized_weight(self.weight_quantizer, self.weight.t())
         return self.output_quantizer(F.linear(self.input_quantizer(input), weight, self.bias))

@@ -10,7 +10,9 @@ import torch
 from torch.nn import functional as F
 
 import modelopt.torch.quantization as mtq
+from modelopt.core.logging import ModelOptWarning
 from modelopt.torch.kernels import fake_quantize
+from modelopt.torch.opt import restore, save
 
 EXPERTS = ["mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss", "llama4", "dbrx", "jetmoe"]
 OFF = {"quantizer_name": "*", "enable": False}
@@ -134,3 +136,72 @@ def test_a_parallel_layer_of_jetmoe():
     rows = torch.tensor([0, 2, 2, 2, 3, 3])
     rounded = torch.stack([fake_quantize(w, "i8[1,...]*f32") for w in weight])
     assert torch.allclose(layer(x, sizes), torch.einsum("si,soi->so", x, rounded[rows]), atol=1e-5)
+
+
+def restored(name, model, directory):
+    """Return a model of the same kind from what `save` wrote."""
+    save(model, directory)
+    return restore(zoo.build(name), directory)
+
+
+@pytest.mark.parametrize("weight", ["i8[1,...]*f32", "i4[32]*f32", "e2m1[16]~*e4m3[...]*f32", "u4[32]*f16+u4"])
+@pytest.mark.parametrize("name", EXPERTS)
+def test_packed_experts_give_the_same_values(name, weight, tmp_path):
+    batch = zoo.inputs(name)
+    model = mtq.quantize(zoo.build(name), config(weight=weight))
+    expected = zoo.logits(model, batch)
+    full = sum(p.numel() for p in model.parameters())
+    values = {key: module.quantized_tensors() for key, module in model.named_modules() if hasattr(module, "packed_of")}
+    values = {key: [t.weight_quantizer(t.tensor) for t in items] for key, items in values.items()}
+    mtq.compress(model)
+    assert torch.equal(zoo.logits(model, batch), expected)
+    assert sum(p.numel() for p in model.parameters()) < 0.9 * full
+    for key, before in values.items():
+        module = model.get_submodule(key)
+        items = list(module.quantized_tensors())
+        assert before and all(torch.equal(t.tensor, b) for t, b in zip(items, before, strict=True))
+        assert all((t.packed is not None) == t.weight_quantizer.is_enabled for t in items)
+        for parameter in {t.name for t in items}:
+            assert getattr(module, parameter).shape == module.shape_of(module, parameter)
+    assert torch.equal(zoo.logits(restored(name, model, tmp_path / "out"), batch), expected)
+
+
+@pytest.mark.parametrize("inputs", ["i8[...]*f32", "e4m3[-1]~*f32", "e4m3[...]~*f32", "e2m1[16]~*e4m3[...]*f32"])
+@pytest.mark.parametrize("name", EXPERTS)
+def test_packed_experts_round_their_inputs(name, inputs):
+    batch = zoo.inputs(name)
+    model = mtq.quantize(zoo.build(name), config(weight="e4m3[...]*f32", inputs=inputs), [batch])
+    expected = zoo.logits(model, batch)
+    assert torch.allclose(zoo.logits(mtq.compress(model), batch), expected, atol=1e-6)
+
+
+def test_packed_experts_leave_out_rows_of_nobody_and_compile():
+    model = mtq.compress(mtq.quantize(zoo.build("mixtral"), config(weight="i8[1,...]*f32", inputs="i8[-1]~*f32")))
+    experts = model.model.layers[0].mlp.experts
+    hidden, index = torch.randn(5, 64), torch.tensor([[0, 1], [4, 1], [1, 0], [0, 4], [1, 4]])
+    weights = torch.rand(5, 2)
+    got = experts(hidden, index, weights)
+    assert torch.isfinite(got).all() and not torch.equal(got, experts(hidden, index.clamp(max=3), weights))
+    compiled = torch.compile(experts, fullgraph=True, backend="eager")
+    assert torch.allclose(compiled(hidden, index, weights), got, atol=1e-6)
+
+
+def test_experts_that_differ_stay_and_are_named():
+    model = mtq.quantize(zoo.build("mixtral"), config(weight="i8[1,...]*f32"))
+    experts = model.model.layers[0].mlp.experts
+    experts.down_proj_weight_quantizers[2].disable()
+    expected = zoo.logits(model, zoo.inputs("mixtral"))
+    with pytest.warns(ModelOptWarning, match=r"3 weights stay fake-quantized.*0\.mlp\.experts\.down_proj\[0\]"):
+        mtq.compress(model)
+    assert "down_proj" in experts._parameters and "gate_up_proj" not in experts._parameters
+    assert torch.equal(zoo.logits(model, zoo.inputs("mixtral")), expected)
+
+
+def test_packed_conv1d_gives_the_same_values(tmp_path):
+    batch = zoo.inputs("gpt2")
+    model = mtq.quantize(zoo.build("gpt2"), "int8-wo")
+    expected = zoo.logits(model, batch)
+    layer = mtq.compress(model).transformer.h[0].mlp.c_fc
+    assert "weight" not in layer._parameters and layer.weight.shape == (layer.nx, layer.nf)
+    assert torch.equal(zoo.logits(model, batch), expected)
+    assert torch.equal(zoo.logits(restored("gpt2", model, tmp_path / "out"), batch), expected)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from modelopt.torch.quantization.nn.modules.packed import PackedTensor
+from modelopt.torch.quantization.nn.modules.packed import PackedExperts, PackedTensor
 from modelopt.torch.quantization.nn.modules.quant_attention import QuantMultiheadAttention
 from modelopt.torch.quantization.nn.modules.quant_conv import (
     QuantConv1d,
@@ -53,6 +53,7 @@ from modelopt.torch.quantization.nn.modules.quant_simple import (
 from modelopt.torch.quantization.nn.modules.tensor_quantizer import SequentialQuantizer, TensorQuantizer, leaf_quantizers
 
 __all__ = [
+    "PackedExperts",
     "PackedTensor",
     "QuantAdaptiveAvgPool1d",
     "QuantAdaptiveAvgPool2d",

@@ -107,7 +107,7 @@ class QuantModule(nn.Module):
     def __getattr__(self, name: str) -> Any:
         modules = self.__dict__.get("_modules", {})
         if f"{name}_packed" in modules:  # other code may still ask a packed module for its weight
-            return modules[f"{name}_packed"]()
+            return modules[f"{name}_packed"].stored()
         return super().__getattr__(name)
 
 
