@@ -55,6 +55,20 @@ def test_experts_leave_one_by_one_and_come_back(tmp_path, ids, name, preset, wri
     assert result.ok, str(result)
 
 
+@pytest.mark.parametrize("preset, writer", [("INT8_WEIGHT_ONLY_CFG", "hf"), ("NVFP4_DEFAULT_CFG", "compressed-tensors")])
+def test_packed_experts_leave_as_the_same_files(tmp_path, ids, preset, writer):
+    model = mtq.quantize(make("Mixtral", num_local_experts=4), getattr(mtq, preset), forward_loop=lambda m: m(input_ids=ids))
+    export(model, tmp_path / "plain", writer)
+    export(mtq.compress(model), tmp_path / "packed", writer)
+    plain, packed = read(tmp_path / "plain"), read(tmp_path / "packed")
+    assert sum("experts" in n for n in packed.layers) == 12 and plain.layers.keys() == packed.layers.keys()
+    for name, record in plain.layers.items():
+        parts = zip(record.quantized().parts, packed.layers[name].quantized().parts, strict=True)
+        assert all(torch.equal(a.float(), b.float()) for a, b in parts), name
+    result = verify(tmp_path / "packed", model)
+    assert result.ok, str(result)
+
+
 def test_experts_that_checkpoints_keep_fused_are_refused(tmp_path, ids):
     model = mtq.quantize(make("GptOss", num_local_experts=4), mtq.INT8_WEIGHT_ONLY_CFG)
     with pytest.raises(ExportError, match="keep gate_up_proj fused"):
