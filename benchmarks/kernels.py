@@ -5,8 +5,7 @@
 Effective bandwidth counts the bytes an op must move: each input read once, each output written once. The ceiling of ops that
 write is a device copy of 2 GiB; that of amax and histogram a load-only kernel over 2 GiB. Times are those of a CUDA graph over
 copies of the tensor that together exceed the L2 cache; "eager" is the median of single calls by device events, launch included.
---first-calls measures instead, each in a fresh process with empty caches, the first call of each op and how often
-Triton compiled for five widths.
+--first-calls measures instead what `benchmarks.first_calls` does.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ import triton
 import triton.language as tl
 from triton.testing import do_bench
 
+from benchmarks import first_calls
 from modelopt.numerics import parse
 from modelopt.numerics import reference as law
 from modelopt.torch import kernels
@@ -197,69 +197,6 @@ def measure_hadamard(table: Table, xs: list[torch.Tensor]) -> None:
         table.add("hadamard", f"{width}", lambda i, wide=wide: kernels.hadamard(wide[i]), 2 * wide[0].nbytes)
 
 
-FIRST: dict[str, Callable[[torch.Tensor], object]] = {
-    "fake_quantize INT8": lambda x: kernels.fake_quantize(x, "i8[1,...]*f32"),
-    "fake_quantize NVFP4": lambda x: kernels.fake_quantize(x, FORMATS["NVFP4 dynamic"]),
-    "fake_quantize four-over-six": lambda x: kernels.fake_quantize(x, FORMATS["NVFP4 four-over-six"]),
-    "quantize NVFP4": lambda x: kernels.quantize(x, FORMATS["NVFP4 dynamic"]),
-    "quantize FP8 per token": lambda x: kernels.quantize(x, "e4m3[-1]~*f32"),
-    "quantize INT4 block 128": lambda x: kernels.quantize(x, "i4[128]*f32"),
-    "dequantize INT4 block 128": lambda x: kernels.dequantize(
-        [
-            torch.zeros(64, x.shape[1] // 2, dtype=torch.uint8, device="cuda"),
-            torch.ones(64, -(-x.shape[1] // 128), device="cuda"),
-        ],
-        "i4[128]*f32",
-        (64, x.shape[1] // 2 * 2),
-        torch.bfloat16,
-    ),
-    "amax per channel": lambda x: kernels.amax(x, "i8[1,...]*f32"),
-    "hadamard 128": lambda x: kernels.hadamard(x[:, :4096].contiguous(), 128),
-    "hadamard 4096": lambda x: kernels.hadamard(x[:, :4096].contiguous()),
-    "histogram": kernels.histogram,
-}
-
-
-def first_call(name: str) -> None:
-    """Print the seconds of the first call of an op in this process, and the kernels compiled for five widths of one class."""
-    import glob
-    import os
-    import time
-
-    cache = os.environ["TRITON_CACHE_DIR"]
-    x = torch.randn(64, 4096, device="cuda", dtype=torch.bfloat16)
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    FIRST[name](x)
-    torch.cuda.synchronize()
-    first = time.perf_counter() - start
-    counts = [len(glob.glob(f"{cache}/*/*.cubin"))]
-    for width in (2560, 3072, 2050, 4000):
-        FIRST[name](torch.randn(64, width, device="cuda", dtype=torch.bfloat16) if name[:8] != "hadamard" else x)
-        counts.append(len(glob.glob(f"{cache}/*/*.cubin")))
-    print(json.dumps({"op": name, "seconds": first, "compilations": counts}))
-
-
-def first_calls() -> list[dict[str, Any]]:
-    """Return what `first_call` prints for each op, each from a process of its own, three at a time."""
-    import concurrent.futures
-    import os
-    import subprocess
-    import sys
-    import tempfile
-
-    def run(name: str) -> dict[str, Any]:
-        with tempfile.TemporaryDirectory() as cache:
-            command = [sys.executable, "-m", "benchmarks.kernels", "--first-call", name]
-            done = subprocess.run(
-                command, capture_output=True, text=True, env=os.environ | {"TRITON_CACHE_DIR": cache}, check=True
-            )
-            return dict(json.loads(done.stdout.strip().splitlines()[-1]))
-
-    with concurrent.futures.ThreadPoolExecutor(3) as pool:
-        return list(pool.map(run, FIRST))
-
-
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description="Memory-bound ops against the device's own bandwidth.")
@@ -267,20 +204,14 @@ def main() -> None:
     parser.add_argument("--only", default="", help="part of an op's name")
     parser.add_argument("--sizes", type=int, nargs="*", default=[16384, 4096])
     parser.add_argument("--first-calls", action="store_true")
-    parser.add_argument("--first-call", default="", help="an op, measured in this process")
     options = parser.parse_args()
-    if options.first_call:
-        first_call(options.first_call)
-        return
     about: dict[str, Any] = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,
     }
     if options.first_calls:
-        about["first_calls"] = first_calls()
-        for row in about["first_calls"]:
-            print(f"{row['op']}: {row['seconds']:.2f} s, kernels compiled after each width: {row['compilations']}")
+        about["first_calls"] = first_calls.measure()
     else:
         about["ceilings"] = ceilings()
         print(about)

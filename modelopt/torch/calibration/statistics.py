@@ -25,6 +25,7 @@ from modelopt.torch import kernels
 from modelopt.torch.kernels.chunks import block_range
 
 WHOLE = Block(("...",))
+_MOST_BINS, _LEAST_EXPONENT = 32768, -100  # which the kernel can count: beyond, bins over range overflows
 
 
 class Statistic:
@@ -225,15 +226,16 @@ class Histogram(Statistic):
 
     def reduce(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, ...]:
         x = x if mask is None else x.masked_select(mask.expand_as(x))
-        magnitude = x.float().abs().flatten()
-        peak = magnitude.amax().cpu() if magnitude.numel() else torch.zeros(())
+        by_kernel = x.is_cuda and x.numel() > 0 and self.num_bins <= _MOST_BINS and x.dtype != torch.float64
+        magnitude = x if by_kernel else x.float().abs().flatten()
+        peak = kernels.amax(x, f"i8{WHOLE}*f32").reshape(()).cpu() if by_kernel else _largest(magnitude)
         if not torch.isfinite(peak):  # the caller reports it by name; there is no bin for it
             return torch.zeros(self.num_bins, dtype=torch.int64), torch.tensor(-126), peak
         exponent = _exponent_above(float(peak))
-        counts = torch.histc(magnitude, self.num_bins, 0.0, 2.0**exponent) if magnitude.numel() else torch.zeros(self.num_bins)
-        if magnitude.numel() >= 1 << 24:  # float32 counts are exact below 2^24 only
-            index = (magnitude * (self.num_bins / 2.0**exponent)).to(torch.int64).clamp_(max=self.num_bins - 1)
-            counts = torch.bincount(index, minlength=self.num_bins)
+        if by_kernel and exponent > _LEAST_EXPONENT:
+            counts, _ = kernels.histogram(x, self.num_bins, 2.0**exponent)
+        else:
+            counts = _counted(magnitude.float().abs().flatten() if by_kernel else magnitude, self.num_bins, exponent)
         return counts.to(torch.int64).cpu(), torch.tensor(exponent), peak
 
     def absorb(self, reduced: tuple[Tensor, ...]) -> None:
@@ -244,6 +246,20 @@ class Histogram(Statistic):
         top = max(int(self.exponent), int(exponent))
         self.counts = _widened(self.counts, top - int(self.exponent)) + _widened(counts, top - int(exponent))
         self.exponent, self.peak = torch.tensor(top), torch.maximum(self.peak, peak)
+
+
+def _largest(magnitude: Tensor) -> Tensor:
+    return magnitude.amax().cpu() if magnitude.numel() else torch.zeros(())
+
+
+def _counted(magnitude: Tensor, num_bins: int, exponent: int) -> Tensor:
+    """Return the counts of `magnitude` (1-D) in equal bins over [0, 2^exponent)."""
+    if magnitude.numel() == 0:
+        return torch.zeros(num_bins)
+    if magnitude.numel() < 1 << 24:
+        return torch.histc(magnitude, num_bins, 0.0, 2.0**exponent)
+    index = (magnitude * (num_bins / 2.0**exponent)).to(torch.int64).clamp_(max=num_bins - 1)
+    return torch.bincount(index, minlength=num_bins)  # float32 counts are exact below 2^24 only
 
 
 def _exponent_above(value: float) -> int:

@@ -105,3 +105,19 @@ def test_foreign_files_are_refused(tmp_path: Path) -> None:
     for name in ("missing", "broken", "plain", "odd"):
         with pytest.raises(CheckpointError):
             load(tmp_path / name)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_histogram_on_a_gpu_is_that_of_the_cpu(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    ours, theirs = Histogram(4096), Histogram(4096)
+    for scale in (1.0, 0.3, 7.0, 0.0, 1e-5):
+        x = (torch.randn(40, 333) * scale).to(dtype)
+        weights = (torch.rand(40) > 0.2).float()
+        for part, mask in ((x, None), (x[:, ::3], None), (x, weights)):
+            ours.update(part.cuda(), None if mask is None else mask.cuda())
+            theirs.update(part, mask)
+    for name, expected in theirs.tensors().items():
+        assert torch.equal(ours.tensors()[name].cpu(), expected), name

@@ -182,3 +182,13 @@ def test_one_observation_per_distinct_tensor(monkeypatch: pytest.MonkeyPatch) ->
         y.mul_(7)  # inference tensors have no version, so nothing may be re-used
         watches[2].update(y)
     assert watches[2].observer.amax() == 7
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("method", ["entropy", "percentile", "mse"])
+def test_a_gpu_finds_the_amax_of_the_cpu(method: str) -> None:
+    data = [x.to(torch.bfloat16) for x in heavy()]
+    here, there = fed(HistogramObserver("i8[...]*f32", method), data), HistogramObserver("i8[...]*f32", method)
+    fed(there, [x.cuda() for x in data])
+    assert torch.equal(here.amax(), there.amax().cpu())

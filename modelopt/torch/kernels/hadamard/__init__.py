@@ -20,9 +20,9 @@ from torch import Tensor
 
 from modelopt.core.errors import FormatError, ShapeError
 from modelopt.numerics import Format, parse
-from modelopt.torch.kernels.choice import fast_kernel
+from modelopt.torch.kernels.choice import fast_kernel, forced
 from modelopt.torch.kernels.fake_quantize import _run as run_fake_quantize
-from modelopt.torch.kernels.hadamard import reference
+from modelopt.torch.kernels.hadamard import cuda, fused, reference
 from modelopt.torch.kernels.hadamard.matrices import factors
 from modelopt.torch.kernels.library import autograd, define, notation
 from modelopt.torch.kernels.quantize import _fake as fake_parts
@@ -88,6 +88,8 @@ def _size(x: Tensor, size: int | None) -> int:
 def _run(x: Tensor, size: int, signs: Tensor | None = None, inverse: bool = False) -> Tensor:
     if signs is not None and signs.numel() != size:
         raise ShapeError(f"Blocks of {size} need as many signs, got {tuple(signs.shape)}.")
+    if x.is_cuda and not forced() and cuda.why_not(x, size) is None:
+        return cuda.hadamard(x, size, signs, inverse)
     kernel = fast_kernel("hadamard", x, size)
     return (kernel or reference).hadamard(x, size, signs, inverse)
 
@@ -106,6 +108,12 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     return torch.ops.modelopt.hadamard(grad, ctx.size, signs, not ctx.inverse), None, None, None
 
 
+def _short(x: Tensor, fmt: Format, op: str) -> Any:
+    """Return the Triton kernel of `op` where it can transform too: for long blocks it takes minutes to compile."""
+    last = x.shape[-1] if x.dim() else 1
+    return fast_kernel(op, x, fmt) if fmt.why_not(x.shape) is None and min(fmt.block.sizes(x.shape)[-1], last) <= 1024 else None
+
+
 def _run_rotated(
     x: Tensor,
     size: int,
@@ -114,8 +122,12 @@ def _run_rotated(
     global_amax: Tensor | None = None,
     amin: Tensor | None = None,
 ) -> Tensor:
-    kernel = fast_kernel("fake_quantize", x, parse(format))
-    out = None if kernel is None else kernel.rotated(x, size, parse(format), amax, global_amax, amin)
+    fmt = parse(format)
+    done = fused.rotated(x, size, fmt, amax, global_amax, amin, codes=False)
+    if done is not None:
+        return done[0]
+    kernel = _short(x, fmt, "fake_quantize")
+    out = None if kernel is None else kernel.rotated(x, size, fmt, amax, global_amax, amin)
     return run_fake_quantize(_run(x, size), format, amax, global_amax, amin) if out is None else out
 
 
@@ -146,8 +158,12 @@ def _run_codes(
     global_amax: Tensor | None = None,
     amin: Tensor | None = None,
 ) -> list[Tensor]:
-    kernel = fast_kernel("quantize", x, parse(format))
-    out = None if kernel is None else kernel.rotated(x, size, parse(format), amax, global_amax, amin)
+    fmt = parse(format)
+    done = fused.rotated(x, size, fmt, amax, global_amax, amin, codes=True)
+    if done is not None:
+        return done
+    kernel = _short(x, fmt, "quantize")
+    out = None if kernel is None else kernel.rotated(x, size, fmt, amax, global_amax, amin)
     return run_quantize(_run(x, size), format, amax, global_amax, amin) if out is None else out
 
 

@@ -6,7 +6,8 @@
 Schema: histogram(Tensor x, int num_bins, Tensor? limit=None) -> (Tensor, Tensor)
 
 The logarithmic bins do not depend on the data: counts of batches and ranks add up, and no range must be known beforehand. With
-2048 bins an octave has 8 of them; `edges(n)` are their lower ends. Infinities and NaN have their own; equal bins leave NaN out.
+2048 bins an octave has 8 of them; `edges(n)` are their lower ends. Infinities have their own, NaN is in the last one; equal bins
+leave NaN out.
 """
 
 from __future__ import annotations

@@ -11,8 +11,9 @@ from torch import Tensor
 from modelopt.torch.kernels.matmul import cuda
 
 _TYPES = {torch.float32: ("F32", 4), torch.float16: ("F16", 8), torch.bfloat16: ("BF16", 8)}
-_COUNTERS = 1 << 14  # of one block, in all copies
-_THREADS = 512
+_COUNTERS = 1 << 14  # of one block, in all columns
+_LARGE = 1 << 25  # elements from which on larger blocks are faster
+_IN_FLIGHT = 4  # vectors of 16 bytes that a thread loads at once
 
 
 def why_not(x: Tensor, num_bins: int) -> str | None:
@@ -27,28 +28,38 @@ def _source() -> str:
     return pathlib.Path(__file__).with_name("histogram.cu").read_text()
 
 
+def plan(num_bins: int, size: int) -> tuple[int, int]:
+    """Return (threads of a block, columns: copies of each counter, one for every few lanes).
+
+    >>> plan(2048, 1 << 28), plan(2048, 1 << 20), plan(32768, 1 << 28)
+    ((512, 4), (256, 4), (512, 1))
+    """
+    columns = 1 << max((_COUNTERS // num_bins).bit_length() - 1, 0)
+    return 512 if size >= _LARGE else 256, min(columns, 4)
+
+
 def histogram(x: Tensor, num_bins: int, limit: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return (counts, int64 [num_bins]; max |x|, float32); see `kernels.histogram`."""
     x = x.detach().contiguous()
     x = x.clone() if x.data_ptr() % 16 else x
     kind, each = _TYPES[x.dtype]
-    copies = max(1, min(8, _COUNTERS // num_bins))
-    log = limit is None
+    size = x.numel()
+    threads, columns = plan(num_bins, size)
+    resident = min(2048 // threads, 3)
     constants = (
         (kind, "1"),
         ("BINS", str(num_bins)),
-        ("COPIES", str(copies)),
-        ("THREADS", str(_THREADS)),
-        ("SHIFT", str(32 - num_bins.bit_length()) if log else "-1"),
+        ("COLUMNS", str(columns)),
+        ("THREADS", str(threads)),
+        ("RESIDENT", str(resident)),
+        ("SHIFT", str(32 - num_bins.bit_length()) if limit is None else "-1"),
     )
     kernel = cuda.compiled(_source(), "histogram", constants, x.device)
     counts = torch.zeros(num_bins, dtype=torch.int64, device=x.device)
     peak = torch.zeros((), dtype=torch.int32, device=x.device)
-    factor = None if limit is None else torch.full_like(limit, num_bins) / limit
-    per_block = _THREADS * 4 * each
-    blocks = min(-(-x.numel() // per_block), 2 * torch.cuda.get_device_properties(x.device).multi_processor_count)
-    size = x.numel()
+    multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count
+    blocks = min(-(-size // (threads * _IN_FLIGHT * each)), resident * multiprocessors)
     stream = torch.cuda.current_stream(x.device).cuda_stream
-    shared = 4 * num_bins * copies
-    kernel.launch((blocks, 1, 1), _THREADS, shared, stream, (x, counts, peak, factor, size & 0x7FFFFFFF, size >> 31))
+    shared = 4 * num_bins * columns
+    kernel.launch((blocks, 1, 1), threads, shared, stream, (x, counts, peak, limit, size & 0x7FFFFFFF, size >> 31))
     return counts, peak.view(torch.float32)

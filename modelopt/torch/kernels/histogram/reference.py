@@ -21,8 +21,9 @@ def histogram(x: Tensor, num_bins: int, limit: Tensor | None) -> tuple[Tensor, T
 
 
 def bins(magnitude: Tensor, num_bins: int, limit: Tensor | None) -> Tensor:
-    """Return the bin of each of `magnitude` (float32, 1-D), int64; with a limit NaN is left out."""
+    """Return the bin of each of `magnitude` (float32, 1-D), int64; NaN is in the last one, with a limit it is left out."""
     if limit is None:
-        return (magnitude.view(torch.int32) >> (32 - num_bins.bit_length())).to(torch.int64)
+        leading = (magnitude.view(torch.int32) >> (32 - num_bins.bit_length())).to(torch.int64)
+        return torch.where(magnitude.isnan(), num_bins - 1, leading)
     place = magnitude * (torch.full_like(limit, num_bins) / limit)
     return place[~place.isnan()].clamp_(max=num_bins - 1).to(torch.int64)

@@ -1,0 +1,120 @@
+"""The Walsh-Hadamard transform on a CUDA device: `blocks.cu` for short blocks, within warps, and `rows.cu` through shared memory.
+
+Both read the tensor once, coalesced, while the tile before is computed, and add in the order of the law.
+"""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from modelopt.torch.kernels.hadamard.matrices import factors, matrix
+from modelopt.torch.kernels.hadamard.reference import scale
+from modelopt.torch.kernels.matmul import cuda
+
+TYPES = {torch.float32: ("F32", 4), torch.float16: ("F16", 8), torch.bfloat16: ("BF16", 8)}  # name, values in 16 bytes
+LARGEST_BLOCK = 256  # of blocks.cu
+_LARGEST_ROW = 1 << 15
+_WARPS = 8
+_TILE = 8192  # values of a thread block of rows.cu, where blocks are shorter
+
+
+def why_not(x: Tensor, size: int) -> str | None:
+    """Return why these kernels do not serve `x`, or None."""
+    if x.dtype not in TYPES:
+        return f"the tensor is {x.dtype}; the kernels take float32, float16 and bfloat16"
+    if x.numel() == 0:
+        return "the tensor is empty"
+    if x.numel() % 8:
+        return "the tensor does not fill pieces of 16 bytes"
+    m, _ = factors(size)
+    if size == 1 or (size >= _LARGEST_ROW and x.dtype == torch.float32) or size > _LARGEST_ROW:
+        return f"blocks of {size}"
+    return cuda.why_not() if m == 1 or size * (4 + x.element_size()) < 200 << 10 else f"blocks of {size}"
+
+
+@functools.cache
+def source(*names: str) -> str:
+    """Return the CUDA C++ of some files of this folder, one after another."""
+    return "\n".join(pathlib.Path(__file__).with_name(name).read_text() for name in names)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a kernel is compiled and launched: its files, constants, threads, bytes of shared memory, values of a block."""
+
+    name: str
+    files: tuple[str, ...]
+    constants: tuple[tuple[str, str], ...]
+    threads: int
+    shared: int
+    tile: int
+    resident: int
+
+
+@functools.lru_cache(maxsize=256)
+def plan(size: int, dtype: torch.dtype, signs: int, inverse: bool) -> Plan:
+    """Return the kernel for blocks of `size`; `signs`: 0 none, 1 before, -1 after the transform."""
+    kind, each = TYPES[dtype]
+    m, power = factors(size)
+    bits = power.bit_length() - 1
+    common = ((kind, "1"), ("SCALE", f"{float.hex(scale(size))}f"), ("SIGNS", str(signs)))
+    if m == 1 and size <= LARGEST_BLOCK:
+        shared = _WARPS * 2 * 32 * 32 // each * 16
+        resident = 4 if each == 8 else 3
+        warps = (*common, ("SIZE", str(size)), ("WARPS", str(_WARPS)), ("RESIDENT", str(resident)))
+        return Plan("blocks", ("values.cu", "tiles.cu", "blocks.cu"), warps, 32 * _WARPS, shared, 1024 * _WARPS, resident)
+    count = max(1, _TILE // size)
+    if bits < 5 or size % 64:
+        count = max(count // 16, 1) * 16  # whole pieces in groups of eight
+    tile = size * count
+    threads = 512 if tile > _TILE else 256
+    first, second, last = stages(bits, m > 1)
+    rows = "0"
+    if m > 1:
+        h = matrix(m).T if inverse else matrix(m)
+        rows = ",".join(hex(sum(1 << j for j in range(m) if row[j] < 0)) for row in h.tolist())
+    shared = tile * (4 + 16 // each)
+    resident = max(1, min(2048 // threads // 2, (226 << 10) // (shared + 1024)))
+    numbers = {"M": m, "BITS": bits, "MIDDLE_1": first, "MIDDLE_2": second, "LAST": last, "COUNT": count}
+    numbers |= {"THREADS": threads, "RESIDENT": resident}
+    constants = (*common, ("ROWS", rows), *((name, str(n)) for name, n in numbers.items()))
+    return Plan("rows", ("values.cu", "rows.cu"), constants, threads, shared, tile, resident)
+
+
+def stages(bits: int, matrix_follows: bool) -> tuple[int, int, int]:
+    """Return how many bits beyond the lowest five the passes through shared memory transform: two in the middle and the last.
+
+    The last pass stores to the tensor, and does so the faster the fewer bits it transforms (three: four neighbours at once).
+
+    >>> stages(9, False), stages(10, False), stages(14, False), stages(9, True)
+    ((0, 0, 4), (2, 0, 3), (5, 0, 4), (4, 0, 0))
+    """
+    rest = max(bits - 5, 0)
+    if matrix_follows:
+        return min(rest, 5), max(rest - 5, 0), 0
+    if rest <= 4:
+        return 0, 0, rest
+    if rest <= 8:
+        return rest - 3, 0, 3
+    return 5, 0, rest - 5
+
+
+def hadamard(x: Tensor, size: int, signs: Tensor | None = None, inverse: bool = False) -> Tensor:
+    """Return the transform of every `size` elements of the last dimension of `x`; see `kernels.hadamard`."""
+    x = x.detach().contiguous()
+    x = x.clone() if x.data_ptr() % 16 else x
+    out = torch.empty_like(x)
+    how = plan(size, x.dtype, 0 if signs is None else -1 if inverse else 1, inverse)
+    kernel = cuda.compiled(source(*how.files), how.name, how.constants, x.device)
+    multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count
+    blocks = min(-(-x.numel() // how.tile), how.resident * multiprocessors)
+    pieces = x.numel() // TYPES[x.dtype][1]
+    signs = None if signs is None else signs.float().contiguous()
+    stream = torch.cuda.current_stream(x.device).cuda_stream
+    kernel.launch((blocks, 1, 1), how.threads, how.shared, stream, (x, signs, out, pieces & 0x7FFFFFFF, pieces >> 31))
+    return out
