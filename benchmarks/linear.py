@@ -2,7 +2,8 @@
 
 Each figure is microseconds per call in a CUDA graph of many calls (median of replays), with enough copies of the weight in turn
 that none is found in the L2 cache; quantization of the input is included. Ratios are the time of `F.linear` over ours.
-`--experts`: the products of 8 fused experts against `torch._grouped_mm`, as many rows for each (under 8 rows: one for as many).
+Where torchao or gemlite can be imported they are measured too (`benchmarks.peers`). `--experts`: the products of 8 fused experts
+against `torch._grouped_mm`, as many rows for each (under 8 rows: one for as many).
 """
 
 from __future__ import annotations
@@ -11,11 +12,13 @@ import argparse
 import functools
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch.nn import functional as F
 
+from benchmarks import peers
+from benchmarks.timing import measure
 from modelopt.numerics import parse
 from modelopt.torch import kernels
 
@@ -38,30 +41,6 @@ CASES = {  # name -> (weight, input, input amax)
     "MXFP4 x MXFP4 emulated": ("e2m1[32]~*e8m0", "e2m1[32]~*e8m0", None),
     "MXFP8 x MXFP8 emulated": ("e4m3[32]~*e8m0", "e4m3[32]~*e8m0", None),
 }
-
-
-def measure(calls: list[Callable[[], object]], count: int) -> float:
-    """Return the microseconds of one call, `count` calls (cycling through `calls`) being one graph."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for call in calls:
-            call()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            for i in range(count):
-                calls[i % len(calls)]()
-        graph.replay()
-        torch.cuda.synchronize()
-        times = []
-        for _ in range(9):
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record(stream)
-            graph.replay()
-            end.record(stream)
-            torch.cuda.synchronize()
-            times.append(begin.elapsed_time(end) * 1000 / count)
-    return sorted(times)[len(times) // 2]
 
 
 def rows_of(shapes: tuple[tuple[int, int], ...], cases: list[str], rows: tuple[int, ...]) -> list[dict[str, object]]:
@@ -131,6 +110,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__)
     options.add_argument("--large", action="store_true", help="the 70B shapes instead")
     options.add_argument("--experts", action="store_true", help="fused experts instead")
+    options.add_argument("--no-peers", action="store_true", help="leave other libraries out")
     options.add_argument("--rows", type=int, action="append", help="only these numbers of rows")
     options.add_argument("--json", default="", help="where to write the records")
     options.add_argument("--case", action="append", help="only these cases (a part of the name)")
@@ -142,6 +122,9 @@ def main() -> None:
         records = experts_of(*SHAPES[0], cases, rows)
     else:
         records = rows_of(LARGE if chosen.large else SHAPES, cases, rows)
+    if not chosen.no_peers and not chosen.experts:
+        found = peers.rows_of(LARGE if chosen.large else SHAPES, rows, tuple(chosen.case or ()))
+        records += [r for r in found if "us" in r]
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
     print_table(records)
     if chosen.json:

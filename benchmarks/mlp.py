@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from benchmarks.linear import measure
+from benchmarks.timing import measure
 from modelopt.torch import kernels
 from modelopt.torch.kernels.fused_mlp import reference, tables
 from modelopt.torch.kernels.fused_mlp import triton as fused

@@ -89,3 +89,59 @@ def test_kernels_multiply_what_the_law_says(text, dtype):
                 )
                 assert torch.equal(got[sum(counts) :], torch.zeros_like(got[sum(counts) :]))
                 assert torch.equal(got, kernels.quantized_grouped_linear(x, offsets, parts, text, n, bias, given))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("text", [*FORMATS, "e4m3[128,128]*f32", "e4m3[1,...]*f32", "i8[...]*f32"])
+def test_decoded_matrices_are_the_law_s(text, dtype):
+    from modelopt.torch.kernels.matmul import triton_decode
+
+    for n, k in ((256, 640), (128, 1280)):
+        parts, offsets = stacked(3, n, k, text, "cuda"), offsets_of([2, 0, 3], "cuda")
+        assert triton_decode.why_not(parse(text), n, k, dtype) is None
+        got = triton_decode.decoded(offsets, parts, parse(text), n, k, dtype)
+        for e in (0, 2):
+            assert torch.equal(got[e], kernels.dequantize([p[e] for p in parts], text, (n, k), dtype))
+
+
+@pytest.mark.gpu
+def test_paths_by_rows():
+    parts = stacked(4, 256, 512, "e4m3[1,...]*f32", "cuda")
+    for rows, given, path in ((8, "", "few"), (64, "", "tiles"), (4096, "", "dequantize"), (4096, "e4m3[-1]~*f32", "codes")):
+        x = torch.randn(rows, 512, device="cuda", dtype=torch.bfloat16)
+        assert kernels.explain_grouped(x, parts, "e4m3[1,...]*f32", 256, given) == path
+    x = torch.randn(4096, 512, device="cuda", dtype=torch.float16)
+    assert kernels.explain_grouped(x, parts, "e4m3[1,...]*f32", 256) == "tiles"
+
+
+@pytest.mark.gpu
+def test_few_rows_of_many_experts():
+    for text in ("i4[64]*f32", "e4m3[1,...]*f32"):
+        parts = stacked(70, 64, 512, text, "cuda")
+        for rows in ([], [69], [0, 33], [31, 32, 32, 63], list(range(5, 20))):
+            counts = torch.bincount(torch.tensor(rows, dtype=torch.long), minlength=70).tolist()
+            offsets, x = offsets_of(counts, "cuda"), torch.randn(len(rows) + 1, 512, device="cuda", dtype=torch.bfloat16)
+            assert kernels.explain_grouped(x, parts, text, 64) == "few"
+            want = reference(x.float(), offsets, parts, parse(text), 64, None, "", None)
+            got = kernels.quantized_grouped_linear(x, offsets, parts, text, 64)
+            assert torch.equal(got[len(rows) :], torch.zeros_like(got[len(rows) :]))
+            assert not rows or relative(got, want) < 6e-3
+
+
+@pytest.mark.gpu
+def test_a_layer_of_experts_in_a_graph():
+    """No step of the product needs the host, so one capture serves any routing."""
+    text, experts = "i4[64]*f32", 4
+    parts, x = stacked(experts, 256, 512, text, "cuda"), torch.randn(1000, 512, device="cuda", dtype=torch.bfloat16)
+    offsets = offsets_of([250] * 4, "cuda")
+    kernels.quantized_grouped_linear(x, offsets, parts, text, 256)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = kernels.quantized_grouped_linear(x, offsets, parts, text, 256)
+    for counts in ([1000, 0, 0, 0], [1, 500, 0, 400], [0, 0, 0, 0]):
+        offsets.copy_(offsets_of(counts, "cuda"))
+        graph.replay()
+        want = reference(x.float(), offsets, parts, parse(text), 256, None, "", None)
+        assert (y.float() - want).norm() <= 6e-3 * want.norm()

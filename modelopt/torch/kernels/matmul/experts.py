@@ -1,8 +1,9 @@
 """quantized_grouped_linear on a GPU: which kernel multiplies, with what constants.
 
-few      up to tables.EXPERT_ROWS rows in all: `skinny.cu`, every weight of an expert that has rows is read once
-codes    FP8 x FP8 and INT8 x INT8 with a scale per row or one: `triton_grouped.py` on the codes
-tiles    the same kernel on decoded weights; inputs are quantized and dequantized first
+few          up to tables.EXPERT_ROWS rows in all: `skinny.cu`, every weight of an expert that has rows is read once
+codes        FP8 x FP8 and INT8 x INT8 with a scale per row or one: `triton_codes.py` (8.9: `triton_grouped.py`)
+tiles        weights decoded a tile at a time; inputs are quantized and dequantized first
+dequantize   the same with many rows for each expert: all matrices are decoded once, then torch._grouped_mm
 """
 
 from __future__ import annotations
@@ -39,13 +40,17 @@ def why_not(x: Tensor, weight: list[Tensor], fmt: Format, n: int) -> str | None:
 
 
 def route(x: Tensor, weight: list[Tensor], fmt: Format, n: int, input_format: str = "") -> str:
-    """Return the name of the path: few, codes or tiles."""
-    k = x.shape[-1]
+    """Return the name of the path: few, codes, tiles or dequantize."""
+    (rows, k), experts = x.shape, weight[0].shape[0]
     if _few(x, weight, fmt, n) is not None:
         return "few"
+    major, minor = torch.cuda.get_device_capability(x.device)
     codes = pair(input_format, fmt, n, k) if input_format else ""
-    fits = k % 16 == 0 and torch.cuda.get_device_capability(x.device) >= ((8, 9) if codes == "fp8" else (8, 0))
-    return "codes" if codes and fits else "tiles"
+    if codes and k % 16 == 0 and (major, minor) >= ((8, 9) if codes == "fp8" else (8, 0)):
+        return "codes"
+    aligned = x.dtype == torch.bfloat16 and n % 16 == 0 and k % 16 == 0
+    many = aligned and rows >= tables.DECODED_ROWS * experts and experts * n * k * 2 <= tables.DECODED_BYTES
+    return "dequantize" if many and major >= 9 and min(fmt.block.sizes((n, k))[1], k) % 8 == 0 else "tiles"
 
 
 def _few(x: Tensor, weight: list[Tensor], fmt: Format, n: int) -> tuple[Plan, tables.Skinny] | None:
@@ -73,8 +78,12 @@ def product(
     if how == "codes":
         codes, sx = quantize(x, input_format, input_amax)
         codes = codes.view(torch.int8 if fmt.element.name.startswith("i8") else torch.float8_e4m3fn)
+        if torch.cuda.get_device_capability(x.device) >= (9, 0):
+            return _codes(codes, sx, offsets, weight, n, bias, x.dtype)
         return _tiles(codes, sx.reshape(-1).expand(x.shape[0]).contiguous(), offsets, weight, fmt, n, bias, x.dtype)
     given = fake_quantize(x, input_format, input_amax) if input_format else x
+    if how == "dequantize":
+        return _dequantized(given, offsets, weight, fmt, n, bias)
     few = _few(x, weight, fmt, n)
     if few is None:
         return _tiles(given, None, offsets, weight, fmt, n, bias, x.dtype)
@@ -82,6 +91,23 @@ def product(
     scales, post = skinny.scales_of(weight, read)
     zeros = weight[-1] if read.kind == "u4" else None
     return skinny.product(given, weight[0], scales, zeros, post, bias, n, read, config, offsets=offsets)
+
+
+def _codes(
+    codes: Tensor, sx: Tensor, offsets: Tensor, weight: list[Tensor], n: int, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    from modelopt.torch.kernels.matmul.triton_codes import codes_product
+
+    (t, k), experts = codes.shape, weight[0].shape[0]
+    w = weight[0].view(codes.dtype).reshape(experts, n, k)
+    return codes_product(codes, w, sx, weight[1], bias, tables.expert_codes(t, experts), offsets, dtype)
+
+
+def _dequantized(x: Tensor, offsets: Tensor, weight: list[Tensor], fmt: Format, n: int, bias: Tensor | None) -> Tensor:
+    from modelopt.torch.kernels.matmul.triton_decode import decoded, finish
+
+    matrices = decoded(offsets, weight, fmt, n, x.shape[1], x.dtype)
+    return finish(torch._grouped_mm(x, matrices.transpose(1, 2), offs=offsets[1:].contiguous()), offsets, bias)
 
 
 def _tiles(

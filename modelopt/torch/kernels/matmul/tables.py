@@ -7,8 +7,12 @@ from dataclasses import dataclass
 FEW_ROWS = {9: 8, 8: 16}  # rows of x up to which `skinny.cu` serves, by the major compute capability (8: all but Hopper)
 FEW_ALONE = 4  # rows of x from which it leaves Hopper's `broad.cu` what would have to be split along K
 TENS_ROWS = 128  # rows of x up to which `broad.cu` serves
-CODES_ROWS = 64  # rows of x above which codes are multiplied with codes
+CODES_ROWS = {False: 4, True: 1}  # rows of x above which codes are multiplied with codes; True: K of LONG_K columns and more
+LONG_K = 8192
 EXPERT_ROWS = 16  # rows of x in all up to which the experts of a layer go through `skinny.cu`
+DECODED_ROWS = 129  # rows of x for each expert (on average) from which all matrices are decoded first
+DECODED_BYTES = 1 << 32  # of decoded matrices at most
+ENOUGH = 100  # tiles that occupy the processors
 FAST_FP8 = True  # whether torch._scaled_mm may keep partial sums in the tensor cores' narrower accumulator
 
 
@@ -28,6 +32,17 @@ class Skinny:
     sums: bool = True
 
 
+@dataclass(frozen=True)
+class One:
+    """`one.cu`: as `Skinny`, with one tile of rows a warp."""
+
+    WK: int
+    WR: int
+    S: int
+    DEPTH: int
+    splits: int = 1
+
+
 ALONG_K = (1, 2, 4, 7, 8, 14, 16)
 ALONG_ROWS = (1, 2, 4, 7, 8, 14)
 WARPS = {False: 14, True: 28}  # a multiprocessor's that hide the unpacking; True: scales meet the weights, twice the instructions
@@ -36,6 +51,26 @@ STAGES = {  # (S, DEPTH) to try in this order, by the bits of a code; 0: more th
     8: ((2, 3), (2, 2), (4, 1), (2, 1), (1, 2), (1, 1)),
     0: ((4, 1), (2, 1), (1, 1)),
 }
+
+
+@dataclass(frozen=True)
+class Tens:
+    """`tens.cu`: blocks of WARPS tiles of 16 rows of W, and 8 NT rows of x.
+
+    K is dealt to `cluster` blocks that share memory and `splits` of those. UNITS x DEPTH units of 128 columns of W are under way,
+    SLOTS of x (0: all at once). `sync`: warps multiply by themselves (mma), not four at a time (wgmma); `sums`: see Skinny.
+    """
+
+    NT: int
+    WARPS: int
+    UNITS: int
+    DEPTH: int
+    cluster: int = 1
+    splits: int = 1
+    SLOTS: int = 0
+    sync: bool = True
+    sums: bool = True
+    abl: int = 0
 
 
 @dataclass(frozen=True)
@@ -73,12 +108,17 @@ def grouped(rows: int, experts: int, size: int, codes: bool) -> Grouped:
     bm = 16 if each <= 16 else 32 if each <= 32 else 64 if each <= 64 or size == 4 else 128
     if codes:
         return Grouped(bm, 128, 128, 8 if bm == 128 else 4, 4)
-    return Grouped(bm, 64 if size == 4 else 128, 64 if size == 2 else 32, 8 if bm == 128 else 4, 3)
+    if size == 4:
+        return Grouped(bm, 64, 32, 4, 3)
+    return Grouped(bm, 64 if bm == 128 else 128, 128 if bm == 32 else 64, 4, 3)
 
 
 @dataclass(frozen=True)
-class Int8Config:
-    """A tile of BM x BN sums, BK columns at a time, `stages` of them under way; `group` rows of tiles share a wave."""
+class Codes:
+    """A tile of BM x BN sums of products of codes, BK columns at a time, `stages` of them under way.
+
+    `group` rows of tiles share a wave; K is dealt to `splits` programs.
+    """
 
     BM: int
     BN: int
@@ -86,10 +126,30 @@ class Int8Config:
     stages: int
     warps: int
     group: int = 8
+    splits: int = 1
 
 
-def int8_config(m: int, n: int, k: int) -> Int8Config:
-    """Return the tile for an INT8 product of these sizes."""
-    if m <= 128:
-        return Int8Config(128, 128, 128, 4, 4)
-    return Int8Config(128, 256, 128, 4, 8, 16) if m <= 2048 else Int8Config(256, 128, 128, 4, 8)
+def codes(m: int, n: int, k: int) -> Codes:
+    """Return the tile for the codes of x [m, k] times those of W [n, k]."""
+    columns = -(-n // 128)
+    if m <= 64:
+        splits = next(s for s in (1, 2, 4, 8, 16) if columns * s >= ENOUGH or 16 * 256 * s > k)
+        return Codes(64, 128, 256, 3, 4, 8, splits) if m <= 16 or splits > 1 else Codes(64, 128, 128, 6, 4)
+    if m <= 128 and columns >= ENOUGH:
+        return Codes(128, 128, 128, 4, 4)
+    if m <= 384 and -(-m // 128) * columns >= 2 * ENOUGH:
+        return Codes(128, 256, 128, 4, 8, 16)
+    if -(-m // 128) * columns < ENOUGH:
+        splits = 2 if -(-m // 64) * columns < ENOUGH and k >= 8192 else 1
+        return Codes(64, 128, 128, 6, 4, 8, splits) if m <= 128 else Codes(128, 64, 256, 4, 4)
+    return Codes(128, 128, 128, 3, 4, 16, 2 if -(-m // 128) * columns < 2 * ENOUGH and k >= 4096 else 1)  # two share a processor
+
+
+def expert_codes(rows: int, experts: int) -> Codes:
+    """Return the tile for the codes of `rows` rows of x, dealt to `experts`."""
+    return Codes(64, 256, 128, 4, 4) if rows <= 64 * experts else Codes(128, 128, 128, 3, 4, 4)
+
+
+def fp8_rows(m: int, n: int) -> bool:
+    """Whether FP8 codes with a scale per row have too few tiles for torch._scaled_mm, which does not split K."""
+    return 1 < m <= 64 or -(-m // 128) * -(-n // 128) < ENOUGH

@@ -2,7 +2,7 @@
 
     few          `skinny.cu`: a handful of rows, every weight read once            compute capability 8 and above
     tens         `broad.cu`: weights unpacked in registers, wgmma                  compute capability 9
-    fp8, int8    codes times codes: torch._scaled_mm, `triton_int8`                8.9 and 9
+    fp8, int8    codes times codes: torch._scaled_mm, `triton_codes`               8.9 and 9
     dequantize   the weight is dequantized once, then torch's product              everything else, every dtype
 
 How many rows are a handful is in `tables.py`. The first two round inputs to FP8 and INT8 themselves; other input formats are
@@ -45,7 +45,7 @@ def route(x: Tensor, fmt: Format, n: int, input_format: str = "") -> str:
     read = plan(fmt, n, k)
     assert isinstance(read, Plan)
     codes = pair(input_format, fmt, n, k) if input_format and n % 16 == 0 and k % 16 == 0 else ""
-    if codes and m > tables.CODES_ROWS and _multiplies(codes, x):
+    if codes and m > tables.CODES_ROWS[k >= tables.LONG_K] and _multiplies(codes, x):
         return codes
     if _few(read, m, n, k, x.device) is not None:
         return "few"
@@ -132,12 +132,15 @@ def _codes(
     """Multiply codes with codes; the scales come afterwards."""
     codes, x_scale = quantize(x, input_format, amax)
     w_codes, w_scale = weight[0].reshape(n, -1), weight[1]
-    if how == "int8":
-        from modelopt.torch.kernels.matmul.triton_int8 import int8_product
+    (m, k), hopper = x.shape, torch.cuda.get_device_capability(x.device) >= (9, 0)
+    one = x_scale.numel() == 1 and w_scale.numel() == 1
+    if how == "int8" or (hopper and not one and tables.fp8_rows(m, n)):
+        from modelopt.torch.kernels.matmul.triton_codes import codes_product
 
-        return int8_product(codes.view(torch.int8), w_codes.view(torch.int8), x_scale, w_scale, bias)
+        dtype = torch.int8 if how == "int8" else torch.float8_e4m3fn
+        return codes_product(codes.view(dtype), w_codes.view(dtype), x_scale, w_scale, bias, tables.codes(m, n, k))
     a, b = codes.view(torch.float8_e4m3fn), w_codes.view(torch.float8_e4m3fn).t()
-    if x_scale.numel() == 1 and w_scale.numel() == 1:
+    if one:
         return torch._scaled_mm(
             a, b, x_scale.reshape(()), w_scale.reshape(()), bias, out_dtype=torch.bfloat16, use_fast_accum=tables.FAST_FP8
         )

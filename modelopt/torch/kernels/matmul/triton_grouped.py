@@ -17,20 +17,19 @@ import triton.language as tl
 
 
 @triton.jit
-def _values(code, zero, KIND: tl.constexpr):
-    """Return the float32 values of codes (uint8)."""
+def values_of(code, zero, KIND: tl.constexpr):
+    """Return the float32 values of codes (unsigned integers): bits in place, for converting integers takes four times as long."""
+    c = code.to(tl.int32)
     if KIND == "i8":
-        v = code.to(tl.int8, bitcast=True).to(tl.float32)
+        v = ((c ^ 0x80) | 0x4B000000).to(tl.float32, bitcast=True) - 8388736.0  # 2^23 + 128
     elif KIND == "e4m3":
-        c = code.to(tl.int32)
         v = (((c & 0x7F) << 20) | ((c & 0x80) << 24)).to(tl.float32, bitcast=True) * 1.329227995784916e36  # 2^120
     elif KIND == "e2m1":
-        c = code.to(tl.int32)
         v = (((c & 7) << 22) | ((c & 8) << 28)).to(tl.float32, bitcast=True) * 8.507059173023462e37  # 2^126
     elif KIND == "u4":
-        v = (code.to(tl.int32) - zero).to(tl.float32)
+        v = (c | 0x4B000000).to(tl.float32, bitcast=True) - (zero | 0x4B000000).to(tl.float32, bitcast=True)
     else:
-        v = ((code.to(tl.int32) ^ 8) - 8).to(tl.float32)
+        v = ((c ^ 8) | 0x4B000000).to(tl.float32, bitcast=True) - 8388616.0  # 2^23 + 8
     return v
 
 
@@ -110,25 +109,26 @@ def grouped(
     s_ptr += e.to(tl.int64) * S_EXPERT
     z_ptr += e.to(tl.int64) * S_EXPERT
     top = tl.load(top_ptr + e).to(tl.float32) if SCALE == "e4m3" else 1.0
-    acc = tl.zeros((BM, BN), tl.int32 if CODES and KIND == "i8" else tl.float32)
+    SWAP: tl.constexpr = BM >= 32  # W as the first operand: decoded values go from registers to the tensor cores
+    acc = tl.zeros((BN, BM) if SWAP else (BM, BN), tl.int32 if CODES and KIND == "i8" else tl.float32)
     for k0 in range(0, K, BK):
         x = tl.load(x_ptrs + k0, mask=(m < last)[:, None] & (ks < K - k0)[None, :], other=0.0)
         w = tl.load(w_ptrs + k0 // per, mask=(bytes_k < (K - k0) // per)[None, :], other=0)
         if CODES:
-            if KIND == "i8":
-                acc = tl.dot(x, w.to(tl.int8, bitcast=True).T, acc, out_dtype=tl.int32)
-            else:
-                acc = tl.dot(x, w.to(tl.float8e4nv, bitcast=True).T, acc)
+            w = w.to(tl.int8 if KIND == "i8" else tl.float8e4nv, bitcast=True)
         else:
             if four:
                 w = tl.join(w & 15, w >> 4).reshape(BN, BK)
             zero = 0
             if KIND == "u4":
                 zero = _per_group(z_ptr, row_n, k0, S_ROW, top, live, ROWS, G, BK, "zero")
-            values = _values(w, zero, KIND)
-            values = values * _per_group(s_ptr, row_n, k0, S_ROW, top, live, ROWS, G, BK, SCALE)
-            acc = tl.dot(x, values.to(x.dtype).T, acc, input_precision="ieee")
-    y = acc.to(tl.float32)
+            values = values_of(w, zero, KIND)
+            w = (values * _per_group(s_ptr, row_n, k0, S_ROW, top, live, ROWS, G, BK, SCALE)).to(x.dtype)
+        if SWAP:
+            acc = tl.dot(w, x.T, acc, input_precision="ieee", out_dtype=acc.dtype)
+        else:
+            acc = tl.dot(x, w.T, acc, input_precision="ieee", out_dtype=acc.dtype)
+    y = (acc.T if SWAP else acc).to(tl.float32)
     if CODES:
         y = y * tl.load(s_ptr + row_n // ROWS).to(tl.float32)[None, :]
     if SX:

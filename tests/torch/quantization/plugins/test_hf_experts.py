@@ -205,3 +205,31 @@ def test_packed_conv1d_gives_the_same_values(tmp_path):
     assert "weight" not in layer._parameters and layer.weight.shape == (layer.nx, layer.nf)
     assert torch.equal(zoo.logits(model, batch), expected)
     assert torch.equal(zoo.logits(restored("gpt2", model, tmp_path / "out"), batch), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "llama4"])
+@pytest.mark.parametrize("weight, inputs", [("i4[32]*f32", None), ("e4m3[1,...]*f32", "e4m3[-1]~*f32")])
+def test_packed_experts_multiply_on_a_gpu(name, weight, inputs):
+    batch = {key: value.cuda() for key, value in zoo.inputs(name).items()}
+    model = mtq.quantize(zoo.build(name).cuda().to(torch.bfloat16), config(weight=weight, inputs=inputs), [batch])
+    expected = zoo.logits(model, batch).float()
+    got = zoo.logits(mtq.compress(model), batch).float()
+    assert (got - expected).norm() < 3e-2 * expected.norm()
+
+
+@pytest.mark.gpu
+def test_packed_experts_never_wait_for_the_host():
+    model = mtq.compress(mtq.quantize(zoo.build("mixtral"), config(weight="i4[32]*f32"))).cuda().to(torch.bfloat16)
+    experts, hidden = model.model.layers[0].mlp.experts, torch.randn(6, 64, device="cuda", dtype=torch.bfloat16)
+    index, weights = torch.randint(0, 4, (6, 2), device="cuda"), torch.rand(6, 2, device="cuda", dtype=torch.bfloat16)
+    with torch.no_grad():
+        experts(hidden, index, weights)
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = experts(hidden, index, weights)
+        for _ in range(3):
+            index.copy_(torch.randint(0, 4, (6, 2), device="cuda"))
+            graph.replay()
+            assert torch.equal(out, experts(hidden, index, weights))
