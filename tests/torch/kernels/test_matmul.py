@@ -157,10 +157,56 @@ def test_kernels_multiply_what_the_law_says(text):
                 assert torch.equal(got, kernels.quantized_linear(x, parts, text, n, b))  # in one order, every time
 
 
+RAGGED = [f for f in FORMATS if "128]" not in f]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("text", RAGGED)
+def test_columns_that_end_within_a_step(text):
+    for n, k in ((576, 576), (192, 576), (1536, 576), (576, 1536), (40, 96), (8, 32), (4096, 1056)):
+        if k % min(parse(text).block.sizes((n, k))[1], k):
+            continue
+        parts = packed(n, k, text, "cuda")
+        weight = values(parts, text, n, k).double()
+        for m in (1, 2, 5, 8, 9, 40):
+            x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+            name = kernels.explain_linear(x, parts, text, n)
+            assert m > 8 or name == "few", (n, k, m, name)
+            got = kernels.quantized_linear(x, parts, text, n)
+            assert relative(got, x.double() @ weight.t()) < 4e-3, (n, k, m, name)
+            beside = torch.cat((x, torch.full_like(x, float("nan"))))  # what lies beyond the columns is not touched
+            assert torch.equal(kernels.quantized_linear(beside[:m], parts, text, n), got)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("text", FORMATS)
+def test_one_row_of_any_range(text):
+    n, k = 328, 1024
+    parts = packed(n, k, text, "cuda")
+    weight = values(parts, text, n, k).double()
+    for scale in (1e-37, 1e-20, 1.0, 1e20, 1e33):
+        x = (torch.randn(1, k, device="cuda") * torch.logspace(-6, 0, k, device="cuda") * scale).to(torch.bfloat16)
+        got = kernels.quantized_linear(x, parts, text, n)
+        assert relative(got, x.double() @ weight.t()) < 4e-3, scale
+    assert torch.equal(kernels.quantized_linear(torch.zeros_like(x), parts, text, n), torch.zeros_like(got))
+    for bad in (float("nan"), float("inf")):
+        x[0, 77] = bad
+        assert not kernels.quantized_linear(x, parts, text, n).isfinite().any()
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("given", INPUTS[1:])
 @pytest.mark.parametrize(
-    "text", ["e4m3[...]*f32", "e4m3[1,...]*f32", "i8[1,...]*f32", "e2m1[16]~*e4m3[...]*f32", "e2m1[32]~*e8m0"]
+    "text",
+    [
+        "e4m3[...]*f32",
+        "e4m3[1,...]*f32",
+        "i8[1,...]*f32",
+        "i4[64]*f32",
+        "u4[64]*f32+u4",
+        "e2m1[16]~*e4m3[...]*f32",
+        "e2m1[32]~*e8m0",
+    ],
 )
 def test_quantized_inputs(text, given):
     n, k = 512, 1024
@@ -211,11 +257,11 @@ def test_what_has_to_be_dequantized():
         assert named.startswith("dequantize: ") and reason in named
         expected = F.linear(x, values(parts, "i4[32]*f32", 64, 256).to(x.dtype))
         assert torch.allclose(kernels.quantized_linear(x, parts, "i4[32]*f32", 64), expected, rtol=1e-4, atol=1e-4)
-    odd = packed(64, 96, "i4[32]*f32", "cuda")
-    x = torch.randn(2, 96, device="cuda", dtype=torch.bfloat16)
-    assert "K = 96" in kernels.explain_linear(x, odd, "i4[32]*f32", 64)
-    expected = x.double() @ values(odd, "i4[32]*f32", 64, 96).double().t()
-    assert relative(kernels.quantized_linear(x, odd, "i4[32]*f32", 64), expected) < 6e-3
+    odd = packed(64, 80, "i4[16]*f32", "cuda")
+    x = torch.randn(2, 80, device="cuda", dtype=torch.bfloat16)
+    assert "K = 80" in kernels.explain_linear(x, odd, "i4[16]*f32", 64)
+    expected = x.double() @ values(odd, "i4[16]*f32", 64, 80).double().t()
+    assert relative(kernels.quantized_linear(x, odd, "i4[16]*f32", 64), expected) < 6e-3
 
 
 @pytest.mark.gpu

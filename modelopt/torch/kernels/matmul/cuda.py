@@ -20,10 +20,8 @@ from torch import Tensor
 
 from modelopt.core.errors import MissingDependencyError, ModelOptError
 
-_MAX_SHARED, _PROGRAMMATIC = (
-    8,
-    6,
-)  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES, CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+# CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, ..._MAX_DYNAMIC_SHARED_SIZE_BYTES, CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+_SHARED, _MAX_SHARED, _PROGRAMMATIC = 1, 8, 6
 
 
 class _Attribute(ctypes.Structure):
@@ -107,8 +105,11 @@ class Boxes:
         self.address = (ctypes.addressof(self._buffer) + 63) // 64 * 64
 
 
-def boxes(x: Tensor, dims: Sequence[int], strides: Sequence[int], box: Sequence[int]) -> Boxes:
-    """Return the map of the bytes of `x` as `dims` (innermost first; `strides` in bytes, from the second on), cut into boxes."""
+def boxes(x: Tensor, dims: Sequence[int], strides: Sequence[int], box: Sequence[int], swizzle: int = 0) -> Boxes:
+    """Return the map of the bytes of `x` as `dims` (innermost first; `strides` in bytes, from the second on), cut into boxes.
+
+    `swizzle`: 0 none; 1, 2, 3: the 16-byte pieces of 32, 64 or 128 bytes change places from row to row (CUtensorMapSwizzle).
+    """
     driver, rank, out = _driver(), len(dims), Boxes()
     if driver is None:
         raise MissingDependencyError("libcuda is not found; it comes with the NVIDIA driver.")
@@ -122,7 +123,7 @@ def boxes(x: Tensor, dims: Sequence[int], strides: Sequence[int], box: Sequence[
         (ctypes.c_uint32 * rank)(*box),
         (ctypes.c_uint32 * rank)(*([1] * rank)),
         0,  # no interleaving
-        0,  # no swizzle
+        swizzle,
         3,  # the L2 cache reads 256 bytes at once
         0,  # outside: zeros
     )
@@ -174,9 +175,10 @@ def compiled(source: str, name: str, constants: tuple[tuple[str, str], ...], dev
         raise MissingDependencyError("libcuda is not found; it comes with the NVIDIA driver.")
     with torch.cuda.device(device):
         torch.cuda.current_stream().query()  # makes the context current
-        module, function = ctypes.c_void_p(), ctypes.c_void_p()
+        module, function, fixed = ctypes.c_void_p(), ctypes.c_void_p(), ctypes.c_int()
         _check(driver.cuModuleLoadData(ctypes.byref(module), code), "cuModuleLoadData")
         _check(driver.cuModuleGetFunction(ctypes.byref(function), module, name.encode()), "cuModuleGetFunction")
         most = torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
-        _check(driver.cuFuncSetAttribute(function, _MAX_SHARED, most - 1024), "cuFuncSetAttribute")
+        _check(driver.cuFuncGetAttribute(ctypes.byref(fixed), _SHARED, function), "cuFuncGetAttribute")
+        _check(driver.cuFuncSetAttribute(function, _MAX_SHARED, most - fixed.value), "cuFuncSetAttribute")
     return Kernel(function, module, major >= 9)

@@ -14,7 +14,9 @@ struct __align__(64) Map {  // of the codes, as [K / STEP, N, 64 bytes]
 #define STEP (4 * EACH)
 #define CHUNKS (EACH / 8)
 #define SBYTES (STYPE == 0 ? 4 : STYPE < 3 ? 2 : 1)
+#ifndef SHIFTED
 #define SHIFTED (KIND < 2 && SCALED == 1)  // codes keep the 128 (float16: 1024) that turns them into floats
+#endif
 #define BASE (HALF ? 1024.0f : 128.0f)
 #define BULK (__CUDA_ARCH__ >= 900)
 
@@ -27,6 +29,11 @@ __device__ __forceinline__ u32 address(const void* p) {
 template <int N> __device__ __forceinline__ void copy_async(u32 to, const void* from) {
   if (N == 16) asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
   else asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(to), "l"(from) : "memory");
+}
+
+// As many of 16 bytes as are real, then zeros.
+__device__ __forceinline__ void copy_async_or_zero(u32 to, const void* from, int real) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(real) : "memory");
 }
 
 __device__ __forceinline__ void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -42,6 +49,11 @@ __device__ __forceinline__ void bulk_copy(u32 to, const Map* map, int row, int s
       ::"r"(to), "l"(map), "r"(0), "r"(row), "r"(step), "r"(barrier) : "memory");
 }
 
+__device__ __forceinline__ void bulk_copy_2d(u32 to, const Map* map, int byte, int row, u32 barrier) {
+  asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
+      ::"r"(to), "l"(map), "r"(byte), "r"(row), "r"(barrier) : "memory");
+}
+
 __device__ __forceinline__ void wait_for(u32 barrier, int phase) {
   asm volatile("{ .reg .pred p; again: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1; @p bra done; bra again; done: }"
       ::"r"(barrier), "r"(phase) : "memory");
@@ -49,6 +61,18 @@ __device__ __forceinline__ void wait_for(u32 barrier, int phase) {
 
 __device__ __forceinline__ void to_shared16(u32 to, uint4 v) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w) : "memory");
+}
+
+__device__ __forceinline__ uint4 from_shared16(u32 from) {
+  uint4 v;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(from));
+  return v;
+}
+
+__device__ __forceinline__ int byte_of(u32 from) {
+  int v;
+  asm volatile("ld.shared.u8 %0, [%1];" : "=r"(v) : "r"(from));
+  return v;
 }
 
 __device__ __forceinline__ void mma(float* c, const u32* a, u32 b0, u32 b1) {

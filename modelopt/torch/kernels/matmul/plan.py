@@ -22,6 +22,7 @@ class Plan:
     each: int
     post: str
     factor: float
+    ragged: bool = False  # K ends within a step
 
 
 def kind_of(fmt: Format) -> str | None:
@@ -37,8 +38,9 @@ def plan(fmt: Format, n: int, k: int) -> Plan | str:
     if kind is None:
         return f"there is no kernel for codes of {fmt.element} {'with' if fmt.zero else 'without'} a zero point"
     each = 16 if kind in _EIGHT else 32
-    if k % (4 * each):
-        return f"K = {k} is no multiple of {4 * each}"
+    if k % 32:
+        return f"K = {k} is no multiple of 32"
+    ragged = k % (4 * each) > 0
     rows, group = fmt.block.sizes((n, k))
     rows, group = min(rows, n), min(group, k)
     if isinstance(fmt.scale, Format):
@@ -46,7 +48,7 @@ def plan(fmt: Format, n: int, k: int) -> Plan | str:
             return f"{fmt}: scales with scales are served for e2m1 with e4m3 scales and one for the tensor"
         scale, post, factor = "e4m3", "one", 128.0
     elif group == k and kind != "u4" and fmt.scale.name != "e8m0" and rows in (1, n):
-        return Plan(kind, "none", 4 * each, 1, each, "rows" if rows == 1 else "one", 1.0)
+        return Plan(kind, "none", 4 * each, 1, each, "rows" if rows == 1 else "one", 1.0, ragged)
     else:
         scale, post, factor = "e8m0" if fmt.scale.name == "e8m0" else "f32", "none", 1.0
         if fmt.scale.name == "e4m3":
@@ -54,7 +56,7 @@ def plan(fmt: Format, n: int, k: int) -> Plan | str:
     fits = 2 * group == each or (group % each == 0 and (group % (4 * each) == 0 or (4 * each) % group == 0))
     if k % group or not fits:
         return f"blocks of {group} columns do not divide a step of {4 * each}"
-    return Plan(kind, scale, group, rows, each, post, factor)
+    return Plan(kind, scale, group, rows, each, post, factor, ragged)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -15,8 +15,8 @@
 //
 // Constants: KIND 0 i4 1 u4 2 e2m1 3 i8 4 e4m3; HALF x is float16, else bfloat16; SCALED 0 no scales of blocks, 1 on the sums of a
 // step, 2 on the weights; STYPE 0 f32 1 f16 2 bf16 3 e4m3 4 e8m0; G columns and SROWS rows of a scale; NT tiles of 8 rows of x;
-// ONE for a single row of x; EXPERTS a matrix for each
-// blockIdx.z; POST 0 none 1 one scale 2 a scale per row; XKIND 0 x as it is 1 to e4m3 2 to int8; XRANGE 0
+// ONE for a single row of x; RAGGED K is no multiple of STEP (what is beyond it is zero); EXPERTS so many matrices, of which
+// blockIdx.z picks one; POST 0 none 1 one scale 2 a scale per row; XKIND 0 x as it is 1 to e4m3 2 to int8; XRANGE 0
 // one amax 1 rows, found here 2 rows, given; SVECTOR, ZVECTOR bytes of one copy of scales and zero points.
 
 #define THREADS (32 * WK * WR)
@@ -33,7 +33,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) skinny(
   __shared__ u64 barriers[WK * WR * DEPTH];
   const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5, g = lane >> 2, t = lane & 3;
   const int wk = warp % WK, wr = warp / WK;
-  const int steps = K / STEP, splits = gridDim.y, split = blockIdx.y;
+  const int steps = (K + STEP - 1) / STEP, splits = gridDim.y, split = blockIdx.y;
   const int begin = split * steps / splits, end = (split + 1) * steps / splits;
   const int first = begin + wk * (end - begin) / WK, last = begin + (wk + 1) * (end - begin) / WK;
   const int row0 = (blockIdx.x * WR + wr) * (16 * R);
@@ -50,8 +50,18 @@ extern "C" __global__ void __launch_bounds__(THREADS) skinny(
   __syncwarp();
 #endif
   int M = ONE ? 1 : rows;
-#if EXPERTS  // rows offsets[e] to offsets[e + 1] of x are multiplied by matrix e
-  const u64 e = blockIdx.z;
+#if EXPERTS  // rows offsets[e] to offsets[e + 1] of x are multiplied by matrix e; slice z has the z-th expert that has rows
+  int found = -1, left = blockIdx.z;
+  for (int i0 = 0; i0 < EXPERTS && found < 0; i0 += 32) {
+    const int i = min(i0 + lane, EXPERTS - 1);
+    u32 who = __ballot_sync(~0u, i == i0 + lane && offsets[i] < offsets[i + 1]);
+    const int here = __popc(who);
+    for (int skip = min(left, here); skip; --skip) who &= who - 1;
+    if (left < here) found = i0 + __ffs(who) - 1;
+    left -= here;
+  }
+  if (found < 0) return;
+  const u64 e = found;
   const int from = offsets[e];
   M = offsets[e + 1] - from;
   if (M <= 0) return;
@@ -74,9 +84,10 @@ extern "C" __global__ void __launch_bounds__(THREADS) skinny(
       if (pairs) m = rest & 1, rest >>= 1;
       const int chunk = rest % CHUNKS, step = ONE ? rest / CHUNKS : (int)((rest / CHUNKS + 0.5f) * inverse);
       m += 2 * (rest / CHUNKS - step * high_rows);
+      const bool real = !RAGGED || (begin + step) * (STEP / 8) + (i & 3) * CHUNKS + chunk < K / 8;
       to[u] = i < count && m < M ? ((step * CHUNKS + chunk) * M + m) * 4 + (i & 3) : -1;
       from_row[u] = m, at[u] = step * CHUNKS + chunk;
-      v[u] = to[u] >= 0 ? x[(u64)m * (K / 8) + (begin + step) * (STEP / 8) + (i & 3) * CHUNKS + chunk] : make_uint4(0, 0, 0, 0);
+      v[u] = to[u] >= 0 && real ? x[(u64)m * (K / 8) + (begin + step) * (STEP / 8) + (i & 3) * CHUNKS + chunk] : make_uint4(0, 0, 0, 0);
     }
   };
   load_x(thread);
@@ -88,9 +99,14 @@ extern "C" __global__ void __launch_bounds__(THREADS) skinny(
   const int groups = SCALED ? ((last * STEP - 1) / G - first * STEP / G + 1) : 0, group0 = first * STEP / G;
   const int stride = (groups * SBYTES + 15 & ~15 | 16), z_stride = (groups + 15 & ~15 | 16);
 #if SCALED
-  copy_rows<SVECTOR>(ss, stride, s + group0 * SBYTES, (u64)s_row * SBYTES, groups * SBYTES, row0, N, lane);
+  const int there = RAGGED ? min(groups, (K - 1) / G + 1 - group0) : groups;
+#if RAGGED
+  for (int i = lane; i < s_bytes / 4; i += 32) asm volatile("st.shared.u32 [%0], %1;" ::"r"(ss + i * 4), "r"(0) : "memory");
+  __syncwarp();
+#endif
+  copy_rows<SVECTOR>(ss, stride, s + group0 * SBYTES, (u64)s_row * SBYTES, there * SBYTES, row0, N, lane);
 #if KIND == 1
-  copy_rows<ZVECTOR>(ss + 16 * R * stride, z_stride, z + group0, s_row, groups, row0, N, lane);
+  copy_rows<ZVECTOR>(ss + 16 * R * stride, z_stride, z + group0, s_row, there, row0, N, lane);
 #endif
   commit();
 #endif
@@ -99,12 +115,17 @@ extern "C" __global__ void __launch_bounds__(THREADS) skinny(
 #if BULK
     if (at < last && lane == 0) {
       arm(barrier + slot * 8, SLOT);
+#if RAGGED
+      for (int i = 0; i < S; ++i) bulk_copy_2d(ring + slot * SLOT + i * (R * 1024), &map, (at + i) * 64, w_row0, barrier + slot * 8);
+#else
       bulk_copy(ring + slot * SLOT, &map, w_row0, at, barrier + slot * 8);
+#endif
     }
 #else
     for (int i = 0; i < min(last - at, S) * 2 * R; ++i) {
-      const int row = i % (2 * R) * 8 + g, step = i / (2 * R);
-      copy_async<16>(ring + slot * SLOT + (step * 16 * R + row) * 64 + t * 16, w + min(row0 + row, N - 1) * w_row + (u64)(at + step) * 64 + t * 16);
+      const int row = i % (2 * R) * 8 + g, step = i / (2 * R), byte = (at + step) * 64 + t * 16;
+      const bool real = !RAGGED || byte < w_row;
+      copy_async_or_zero(ring + slot * SLOT + (step * 16 * R + row) * 64 + t * 16, w + min(row0 + row, N - 1) * w_row + (real ? byte : 0), real ? 16 : 0);
     }
     commit();
 #endif

@@ -40,10 +40,10 @@ def _scaled(read: Plan, sums: bool) -> int:
     return 0 if read.scale == "none" else 1 if on_sums else 2
 
 
-def _groups(read: Plan, spans: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Return (number, first) of the groups of each span of steps."""
+def _groups(read: Plan, spans: list[tuple[int, int]], k: int = 0) -> list[tuple[int, int]]:
+    """Return (number, first) of the groups of each span of steps; only those of the first `k` columns, if given."""
     step, g = 4 * read.each, read.group
-    return [((e * step - 1) // g - b * step // g + 1, b * step // g) for b, e in spans]
+    return [((min(e * step, k or e * step) - 1) // g - b * step // g + 1, b * step // g) for b, e in spans]
 
 
 def scale_bytes(read: Plan, stype: int, sums: bool, tiles: int, spans: list[tuple[int, int]]) -> int:
@@ -54,10 +54,17 @@ def scale_bytes(read: Plan, stype: int, sums: bool, tiles: int, spans: list[tupl
 
 
 def constants(
-    read: Plan, half: bool, stype: int, s_row: int, quantizer: tuple[int, int], sums: bool, spans: list[tuple[int, int]]
+    read: Plan,
+    half: bool,
+    stype: int,
+    s_row: int,
+    quantizer: tuple[int, int],
+    sums: bool,
+    spans: list[tuple[int, int]],
+    k: int = 0,
 ) -> dict[str, int | str]:
     """Return the constants that all kernels share."""
-    size, groups = _BYTES[stype], _groups(read, spans)
+    size, groups = _BYTES[stype], _groups(read, spans, k)
     return {
         "KIND": _KINDS[read.kind],
         "HALF": int(half),
@@ -103,7 +110,7 @@ def planned(
 ) -> Launch:
     """Return how to launch the kernel for `m` rows of x, with `c` rows of tiles and warps."""
     step, nt = 4 * read.each, math.ceil(m / 8)
-    steps = k // step
+    steps = math.ceil(k / step)
     begins = [s * steps // c.splits for s in range(c.splits + 1)]
     wide = list(zip(begins, begins[1:], strict=False))
     spans = [(b + w * (e - b) // c.WK, b + (w + 1) * (e - b) // c.WK) for b, e in wide for w in range(c.WK)]
@@ -113,11 +120,12 @@ def planned(
     shared = x_bytes + c.WK * c.WR * (c.DEPTH * c.S * c.R * 1024 + s_bytes)
     shared = max(shared, c.WR * (c.WK - 1) * c.R * nt * 512)
     tiles = math.ceil(n / (16 * c.R * c.WR))
-    own = {"ONE": int(m == 1 and not experts), "EXPERTS": int(experts > 0), "NT": nt, "R": c.R, "S": c.S, "DEPTH": c.DEPTH}
-    values = {**constants(read, half, stype, s_row, quantizer, c.sums, spans), **own, "WK": c.WK, "WR": c.WR}
+    own = {"ONE": int(m == 1 and not experts), "EXPERTS": experts, "NT": nt, "R": c.R, "S": c.S, "DEPTH": c.DEPTH}
+    shared_constants = constants(read, half, stype, s_row, quantizer, c.sums, spans, k)
+    values = {**shared_constants, **own, "WK": c.WK, "WR": c.WR, "RAGGED": int(k % step > 0)}
     named = tuple((name, str(value)) for name, value in values.items())
     parts = tiles * c.WR * c.splits * c.R * nt * 128 if c.splits > 1 else 0
-    grid = (tiles, c.splits, max(experts, 1))
+    grid = (tiles, c.splits, max(min(experts, m), 1))  # no more experts than rows have any
     return Launch(named, grid, 32 * c.WK * c.WR, shared, x_bytes, s_bytes, tiles * c.WR, parts)
 
 
@@ -129,7 +137,7 @@ def choose(
 
     Blocks should fill the processors evenly, with warps enough to unpack while others wait; one that holds x is as large as fits.
     """
-    steps, stype = k // (4 * read.each), type_of(read)
+    steps, stype = math.ceil(k / (4 * read.each)), type_of(read)
     heavy = _scaled(read, True) == 2
     found: list[tuple[float, tables.Skinny]] = []
     for wk, wr, splits in itertools.product(tables.ALONG_K, tables.ALONG_ROWS, (1,) if experts else (1, 2, 4, 8)):
@@ -200,6 +208,14 @@ def _vector(sizes: list[int]) -> int:
     return next(v for v in (16, 4, 1) if all(s % v == 0 for s in sizes))
 
 
+def boxes_of(codes: Tensor, n: int, k: int, read: Plan, rows: int, steps: int) -> cuda.Boxes:
+    """Return the map of the codes [n, k] for boxes of `rows` rows and `steps` steps; of one step where K ends within one."""
+    size = k * (4 if read.each == 32 else 8) // 8
+    if size % 64:
+        return cuda.boxes(codes, (size, n), (size,), (64, rows))
+    return cuda.boxes(codes, (64, n, size // 64), (size, 64), (64, rows, steps))
+
+
 def product(
     x: Tensor,
     codes: Tensor,
@@ -228,12 +244,7 @@ def product(
     parts = torch.empty(plan.parts, device=x.device) if plan.parts else None
     locks = take(x.device, plan.tiles) if plan.parts else None
     stream = torch.cuda.current_stream(x.device).cuda_stream
-    size = k * (4 if read.each == 32 else 8) // 8
-    boxes = (
-        cuda.boxes(codes, (64, max(experts, 1) * n, size // 64), (size, 64), (64, 16 * config.R, config.S))
-        if kernel.overlapped
-        else cuda.Boxes()
-    )
+    boxes = boxes_of(codes, max(experts, 1) * n, k, read, 16 * config.R, config.S) if kernel.overlapped else cuda.Boxes()
     tensors = (boxes, x, codes, scales, zeros, post, amax, bias, y, parts, locks, offsets)
     kernel.launch(plan.grid, plan.block, plan.shared, stream, (*tensors, m, n, k, s_row, s_expert, plan.x_bytes, plan.s_bytes))
     return y

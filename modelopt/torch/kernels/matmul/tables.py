@@ -43,6 +43,17 @@ class One:
     splits: int = 1
 
 
+@dataclass(frozen=True)
+class One:
+    """`one.cu`: as `Skinny`, with one tile of rows a warp."""
+
+    WK: int
+    WR: int
+    S: int
+    DEPTH: int
+    splits: int = 1
+
+
 ALONG_K = (1, 2, 4, 7, 8, 14, 16)
 ALONG_ROWS = (1, 2, 4, 7, 8, 14)
 WARPS = {False: 14, True: 28}  # a multiprocessor's that hide the unpacking; True: scales meet the weights, twice the instructions

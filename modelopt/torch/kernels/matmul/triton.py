@@ -1,6 +1,6 @@
 """quantized_linear on a GPU: which of the kernels multiplies, with what constants.
 
-    few          `skinny.cu`: a handful of rows, every weight read once            compute capability 8 and above
+    few          `one.cu` and `skinny.cu`: a handful of rows, every weight read once   compute capability 8 and above
     tens         `broad.cu`: weights unpacked in registers, wgmma                  compute capability 9
     fp8, int8    codes times codes: torch._scaled_mm, `triton_codes`               8.9 and 9
     dequantize   the weight is dequantized once, then torch's product              everything else, every dtype
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from modelopt.numerics import Format, parse
 from modelopt.torch.kernels.dequantize import dequantize
 from modelopt.torch.kernels.fake_quantize import fake_quantize
-from modelopt.torch.kernels.matmul import broad, skinny, tables
+from modelopt.torch.kernels.matmul import broad, one, skinny, tables
 from modelopt.torch.kernels.matmul.plan import Plan, pair, plan
 from modelopt.torch.kernels.quantize import quantize
 
@@ -58,8 +58,13 @@ def _multiplies(codes: str, x: Tensor) -> bool:
     return x.dtype == torch.bfloat16 and torch.cuda.get_device_capability(x.device) >= ((8, 9) if codes == "fp8" else (9, 0))
 
 
-def _few(read: Plan, m: int, n: int, k: int, device: torch.device) -> tables.Skinny | None:
-    hopper = torch.cuda.get_device_capability(device)[0] == 9
+def _few(read: Plan, m: int, n: int, k: int, device: torch.device) -> tables.Skinny | tables.One | None:
+    capability = torch.cuda.get_device_capability(device)
+    if m == 1 and one.serves(read, capability):
+        alone = one.choose(read, n, k, skinny.processors(device), skinny.memory(device))
+        if alone is not None:
+            return alone
+    hopper = capability[0] == 9
     if m > tables.FEW_ROWS[9 if hopper else 8]:
         return None
     found = skinny.choose(read, m, n, k, skinny.processors(device), skinny.memory(device))
@@ -67,6 +72,8 @@ def _few(read: Plan, m: int, n: int, k: int, device: torch.device) -> tables.Ski
 
 
 def _tens(read: Plan, m: int, n: int, k: int, device: torch.device) -> tables.Broad | None:
+    if read.ragged:  # its boxes are whole steps
+        return None
     return broad.choose(read, m, n, k, skinny.processors(device), skinny.memory(device))
 
 
@@ -120,6 +127,8 @@ def _packed(
     if how == "few":
         few = _few(read, m, n, k, x.device)
         assert few is not None
+        if isinstance(few, tables.One):
+            return one.product(x, weight[0], scales, zeros, post, bias, n, read, few, quantizer, amax)
         return skinny.product(x, weight[0], scales, zeros, post, bias, n, read, few, quantizer, amax)
     tens = _tens(read, m, n, k, x.device)
     assert tens is not None
