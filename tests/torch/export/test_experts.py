@@ -7,7 +7,10 @@ import torch
 
 import modelopt.torch.quantization as mtq
 from modelopt.core.errors import ExportError
+from modelopt.torch import kernels
 from modelopt.torch.export import export, load, read, verify
+from modelopt.torch.export.passes.split_experts import joined
+from modelopt.torch.quantization.nn.modules import PackedExperts
 
 transformers = pytest.importorskip("transformers")
 SIZES = {
@@ -67,6 +70,18 @@ def test_packed_experts_leave_as_the_same_files(tmp_path, ids, preset, writer):
         assert all(torch.equal(a.float(), b.float()) for a, b in parts), name
     result = verify(tmp_path / "packed", model)
     assert result.ok, str(result)
+    back = load(tmp_path / "packed", "packed")
+    assert sum(isinstance(m, PackedExperts) for m in back.modules()) == 2
+    with torch.no_grad():
+        assert torch.equal(back(input_ids=ids).logits, load(tmp_path / "packed", "fake")(input_ids=ids).logits)
+
+
+def test_parts_that_share_no_scale_are_not_joined():
+    whole = kernels.quantized(torch.randn(8, 64), "e4m3[...]*f32")
+    other = kernels.quantized(torch.randn(8, 64) * 2, "e4m3[...]*f32")
+    assert joined([whole, other]) is None and torch.equal(joined([whole, whole]).dequantize()[8:], whole.dequantize())
+    rows = [kernels.quantized(torch.randn(8, 64), "nf4[64]*i8[256]*f32") for _ in range(2)]
+    assert torch.equal(joined(rows).dequantize(), torch.cat([q.dequantize() for q in rows]))
 
 
 def test_experts_that_checkpoints_keep_fused_are_refused(tmp_path, ids):

@@ -76,6 +76,24 @@ def _split_packed(weight: Quantized, parts: int) -> list[Quantized] | None:
     return pieces
 
 
+def joined(pieces: list[Quantized]) -> Quantized | None:
+    """Return one packed matrix with the rows of all `pieces`, or None where they do not share what one matrix has once."""
+    first = pieces[0]
+    shape = torch.Size((sum(p.shape[0] for p in pieces), first.shape[1]))
+    block = first.format.block.sizes(shape)[0]
+    if any(p.format != first.format or p.shape[1] != shape[1] or (block < shape[0] and p.shape[0] % block) for p in pieces):
+        return None
+    parts = []
+    for i, members in enumerate(zip(*(p.parts for p in pieces), strict=True)):
+        if i == 0 or (members[0].dim() and block < shape[0]):
+            parts.append(torch.cat(members))
+        elif all(torch.equal(members[0], m) for m in members):
+            parts.append(members[0])
+        else:
+            return None
+    return Quantized.from_parts(parts, first.format, shape, first.dtype)
+
+
 def _rows(value: Tensor | None, grid: tuple[int, ...], part: int, parts: int) -> Tensor | None:
     if value is None or not grid or value.numel() == 1:
         return value

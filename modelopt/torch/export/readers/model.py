@@ -15,14 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from modelopt.core.errors import CheckpointError
+from modelopt.numerics import Quantized
 from modelopt.numerics.formats import Format
 from modelopt.torch.export import huggingface
 from modelopt.torch.export.checkpoint import Checkpoint, LayerRecord
-from modelopt.torch.export.passes.split_experts import PARTS
+from modelopt.torch.export.passes.split_experts import PARTS, joined
 from modelopt.torch.export.readers import READERS
 from modelopt.torch.export.readers.files import read_json
 from modelopt.torch.quantization.conversion import replace_quant_module
-from modelopt.torch.quantization.nn.modules.packed import PackedTensor
+from modelopt.torch.quantization.nn.modules.packed import PackedExperts, PackedTensor
 from modelopt.torch.quantization.nn.modules.quant_module import QuantizedTensor, QuantModule
 
 Load = Literal["dequantized", "fake", "packed"]
@@ -120,8 +121,10 @@ def attach_quantizers(model: nn.Module, checkpoint: Checkpoint, packed: bool = F
             _set(weight.input_quantizer, record.input_format, record.input_scale)
         if record.pre_quant_scale is not None:
             weight.input_quantizer.pre_quant_scale = record.pre_quant_scale
-        if packed and weight.expert is None:  # fused experts have no packed form in memory
-            _pack(module, record)
+        if packed and weight.expert is None:
+            _pack(module, weight, record)
+    if packed:
+        _pack_experts(targets, checkpoint)
     for kv in checkpoint.kv.values():
         module = model.get_submodule(kv.name)
         if not hasattr(module, "k_bmm_quantizer"):
@@ -169,8 +172,27 @@ def amax_for(scale: Tensor, fmt: Format) -> Tensor:
     return guess
 
 
-def _pack(module: Any, record: LayerRecord) -> None:
+def _pack(module: Any, weight: QuantizedTensor, record: LayerRecord) -> None:
     q = record.quantized()
     if q is not None:
-        module.weight_packed = PackedTensor(q.parts, str(q.format), q.shape, q.dtype)
+        module.weight_packed = PackedTensor(q.parts, str(q.format), q.shape, q.dtype, weight.transposed)
         del module._parameters["weight"]
+
+
+def _pack_experts(targets: dict[str, tuple[Any, QuantizedTensor]], checkpoint: Checkpoint) -> None:
+    """Pack the fused parameters all of whose matrices the checkpoint has; where scales cannot be shared they stay values."""
+    found: dict[tuple[int, str], tuple[Any, QuantizedTensor, list[list[Quantized]]]] = {}
+    for name, (module, weight) in targets.items():  # in order: the parts of an expert follow one another
+        if weight.expert is not None:
+            _, _, experts = found.setdefault((id(module), weight.name), (module, weight, []))
+            record = checkpoint.layers.get(name)
+            q = None if record is None else record.quantized()
+            experts += [[] for _ in range(weight.expert + 1 - len(experts))]
+            experts[weight.expert] += [] if q is None else [q]
+    for module, weight, experts in found.values():
+        whole = [joined(pieces) if len(pieces) == PARTS.get(weight.name, 1) else None for pieces in experts]
+        packed = [q for q in whole if q is not None]
+        if len(packed) == len(experts) and len({str(q.format) for q in packed}) == 1:
+            stored = module._parameters.pop(weight.name).shape
+            holders = [PackedTensor(q.parts, str(q.format), q.shape, q.dtype) for q in packed]
+            module.add_module(f"{weight.name}_packed", PackedExperts.of(holders, weight.transposed, stored))
