@@ -18,8 +18,8 @@ from modelopt.torch.kernels.matmul import cuda
 
 TYPES = {torch.float32: ("F32", 4), torch.float16: ("F16", 8), torch.bfloat16: ("BF16", 8)}  # name, values in 16 bytes
 LARGEST_BLOCK = 256  # of blocks.cu
-_LARGEST_ROW = 1 << 15
 _WARPS = 8
+_REGISTERS, SHARED = 1 << 16, 226 << 10  # of a multiprocessor; bytes of shared memory
 _TILE = 8192  # values of a thread block of rows.cu, where blocks are shorter
 
 
@@ -31,10 +31,11 @@ def why_not(x: Tensor, size: int) -> str | None:
         return "the tensor is empty"
     if x.numel() % 8:
         return "the tensor does not fill pieces of 16 bytes"
-    m, _ = factors(size)
-    if size == 1 or (size >= _LARGEST_ROW and x.dtype == torch.float32) or size > _LARGEST_ROW:
-        return f"blocks of {size}"
-    return cuda.why_not() if m == 1 or size * (4 + x.element_size()) < 200 << 10 else f"blocks of {size}"
+    if size == 1 or size * (4 + x.element_size()) > SHARED - 1024:
+        return f"blocks of {size} do not fit into shared memory"
+    if torch.cuda.get_device_capability(x.device) < (8, 0):
+        return "the device does not copy to shared memory by itself"
+    return cuda.why_not()
 
 
 @functools.cache
@@ -60,29 +61,36 @@ class Plan:
 def plan(size: int, dtype: torch.dtype, signs: int, inverse: bool) -> Plan:
     """Return the kernel for blocks of `size`; `signs`: 0 none, 1 before, -1 after the transform."""
     kind, each = TYPES[dtype]
+    common = ((kind, "1"), ("SCALE", f"{float.hex(scale(size))}f"), ("SIGNS", str(signs)))
+    if size & (size - 1) or size > LARGEST_BLOCK:
+        return _rows(size, each, inverse, common)
+    shared = _WARPS * 2 * 32 * 32 // each * 16
+    resident = 4 if each == 8 else 3
+    constants = (*common, ("SIZE", str(size)), ("WARPS", str(_WARPS)), ("RESIDENT", str(resident)))
+    return Plan("blocks", ("values.cu", "tiles.cu", "blocks.cu"), constants, 32 * _WARPS, shared, 1024 * _WARPS, resident)
+
+
+def _rows(size: int, each: int, inverse: bool, common: tuple[tuple[str, str], ...]) -> Plan:
+    """Return the kernel that holds blocks in shared memory; `each`: values in 16 bytes."""
     m, power = factors(size)
     bits = power.bit_length() - 1
-    common = ((kind, "1"), ("SCALE", f"{float.hex(scale(size))}f"), ("SIGNS", str(signs)))
-    if m == 1 and size <= LARGEST_BLOCK:
-        shared = _WARPS * 2 * 32 * 32 // each * 16
-        resident = 4 if each == 8 else 3
-        warps = (*common, ("SIZE", str(size)), ("WARPS", str(_WARPS)), ("RESIDENT", str(resident)))
-        return Plan("blocks", ("values.cu", "tiles.cu", "blocks.cu"), warps, 32 * _WARPS, shared, 1024 * _WARPS, resident)
     count = max(1, _TILE // size)
-    if bits < 5 or size % 64:
+    if bits < 5:
         count = max(count // 16, 1) * 16  # whole pieces in groups of eight
     tile = size * count
-    threads = 512 if tile > _TILE else 256
-    first, second, last = stages(bits, m > 1)
-    rows = "0"
-    if m > 1:
-        h = matrix(m).T if inverse else matrix(m)
-        rows = ",".join(hex(sum(1 << j for j in range(m) if row[j] < 0)) for row in h.tolist())
+    columns = 0 if m == 1 else (count << bits) // (1 if m == 28 or bits == 0 else 2)
+    threads = min(512, -(-max(tile // 32, columns) // 32) * 32)
     shared = tile * (4 + 16 // each)
-    resident = max(1, min(2048 // threads // 2, (226 << 10) // (shared + 1024)))
+    registers = 80 if m == 20 else 64
+    resident = max(1, min(_REGISTERS // (threads * registers), SHARED // (shared + 1024)))
+    first, second, last = stages(bits, m > 1)
     numbers = {"M": m, "BITS": bits, "MIDDLE_1": first, "MIDDLE_2": second, "LAST": last, "COUNT": count}
     numbers |= {"THREADS": threads, "RESIDENT": resident}
-    constants = (*common, ("ROWS", rows), *((name, str(n)) for name, n in numbers.items()))
+    signs = "0"
+    if m > 1:
+        h = matrix(m).T if inverse else matrix(m)
+        signs = ",".join(hex(sum(1 << j for j in range(m) if row[j] < 0)) for row in h.tolist())
+    constants = (*common, ("ROWS", signs), *((name, str(n)) for name, n in numbers.items()))
     return Plan("rows", ("values.cu", "rows.cu"), constants, threads, shared, tile, resident)
 
 

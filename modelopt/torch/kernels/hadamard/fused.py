@@ -17,14 +17,13 @@ from modelopt.numerics import Format, parse
 from modelopt.numerics import reference as law
 from modelopt.numerics.blocks import canonical
 from modelopt.torch.kernels.choice import forced
-from modelopt.torch.kernels.hadamard.cuda import LARGEST_BLOCK, TYPES, Plan, source
+from modelopt.torch.kernels.hadamard.cuda import LARGEST_BLOCK, SHARED, TYPES, Plan, source
 from modelopt.torch.kernels.hadamard.reference import scale
 from modelopt.torch.kernels.matmul import cuda
 
 _FILES = ("values.cu", "tiles.cu", "rounding.cu", "rounded.cu")
 _WARPS = 8
 _OWN = 32  # values of a thread
-_SHARED = 226 << 10  # bytes of a multiprocessor
 _RULES = {"up": 0, "nearest": 1, "floor": 2}
 
 
@@ -82,10 +81,10 @@ def plan(shape: torch.Size, dtype: torch.dtype, size: int, text: str, codes: boo
     per_warp = 2 * 32 * _OWN // each * 16
     row = found and (group > 1024 or group & (group - 1) != 0)
     warps = -(-group // 1024) if row else _WARPS
-    if row and (group % size or warps > 32 or warps * per_warp > _SHARED):
+    if row and (group % size or warps > 32 or warps * per_warp > SHARED):
         return f"the range of rows of {group}"
     most = 1 << (warps - 1).bit_length()  # one compilation for rows of one power-of-two class
-    resident = min(32 // most, (_SHARED - 1024) // (most * per_warp + 1024))
+    resident = min(32 // most, (SHARED - 1024) // (most * per_warp + 1024))
     kept = group if group <= _OWN or (found and not row) else 0
     constants |= {kind: 1, "SIZE": size, "SCALE": f"{float.hex(scale(size))}f", "CODES": int(codes), "FIND": int(found)}
     constants |= {"GROUP": kept, "ROW": int(row), "WARPS": most, "RESIDENT": max(resident, 1)}

@@ -74,6 +74,24 @@ __device__ __forceinline__ void without_nan(u32* words) {
 #endif
 }
 
+// Multiply the values under a scale by its `before`, where that is not 1: rare.
+__device__ __forceinline__ void bring_near(u32* words, const Scale* scales) {
+#pragma unroll
+    for (int i = 0; i < SCALES; i++) {
+        const float before = scales[i].before;
+        if (before == 1.0f) continue;
+#pragma unroll
+        for (int j = i * (WORDS / SCALES); j < (i + 1) * (WORDS / SCALES); j += 4) {
+            float v[VALUES];
+            unpack(words + j, v);
+#pragma unroll
+            for (int k = 0; k < VALUES; k++) v[k] = __fmul_rn(v[k], before);
+#pragma unroll
+            for (int k = 0; k < 4; k++) words[j + k] = word_of(v[k * VALUES / 4], v[(k + 1) * VALUES / 4 - 1]);
+        }
+    }
+}
+
 // The scales of a thread's values, their storage included.
 __device__ __forceinline__ void find_scales(
     Scale* scales, const u32* words, const float* amax, void* stored, float outer, u32* of_warps, u64 chunk, u32 chunks, bool exists,
@@ -178,6 +196,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS, RESIDENT) rounded(
         Scale scales[SCALES];
         const u64 chunk = tile / PIECES + lane;
         find_scales(scales, words, amax, stored, outer, of_warps, chunk, chunks, lane * PIECES < left, lane, warp, turn);
+        bring_near(words, scales);
         without_nan(words);
         emit(here, out, words, scales, tile, lane, left);
         tile = next, ends = next_end, left = later;

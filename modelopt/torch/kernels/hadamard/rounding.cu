@@ -34,9 +34,11 @@ __device__ __forceinline__ void from_e4m3(u32 codes, float& first, float& second
         : "=f"(first), "=f"(second) : "h"((unsigned short)codes));
 }
 
-// What the values of a block need: the scale, the bits that are stored for it, and the constants of the quotient.
+// What the values of a block need: the scale, the bits that are stored for it, and the constants of the quotient. Values are
+// multiplied by `before` first, a power of two that is 1 unless the scale is very small or large, so that nothing of the quotient is
+// lost below or above (or 0: x / infinity is x * 0); `divisor` is the scale times it, or with E8M0 `r` its reciprocal.
 struct Scale {
-    float value, k, low, high, r, rest, near_one;
+    float value, before, low, high, r, rest, divisor;
     u32 stored;
 };
 
@@ -61,10 +63,10 @@ __device__ __forceinline__ Scale scale_of(float amax, float outer) {
     if ((bits & 0x7f800000u) == 0x7f800000u) code = 255;
     s.stored = code;
     s.value = __uint_as_float(code == 255 ? 0x7fc00000u : code == 0 ? 0x00400000u : (u32)code << 23);
-    s.k = __uint_as_float(code == 255 ? (MASKED ? 0u : 0x7fc00000u) : code == 254 ? 0x00400000u : (u32)(254 - code) << 23);
+    s.r = __uint_as_float(code == 255 ? (MASKED ? 0u : 0x7fc00000u) : code == 254 ? 0x00400000u : (u32)(254 - code) << 23);
     s.low = code == 255 && MASKED ? 0.0f : E_MIN;
     s.high = code == 255 && MASKED ? 0.0f : E_MAX;
-    s.r = s.near_one = 1.0f, s.rest = 0.0f;
+    s.before = 1.0f, s.rest = s.divisor = 0.0f;
 #else
     const float ratio = __fdiv_rn(amax, E_MAX);
 #ifdef SCALE_TWO
@@ -77,14 +79,13 @@ __device__ __forceinline__ Scale scale_of(float amax, float outer) {
     s.stored = __float_as_uint(s.value);
 #endif
     const u32 bits = __float_as_uint(s.value), exponent = bits >> 23 & 0xff;
-    const bool gone = MASKED ? exponent == 255 : bits == 0x7f800000u;  // x / infinity is x * 0
-    s.k = __uint_as_float(exponent >= 253 ? 0x00800000u : (254 - exponent) << 23);
-    if (gone && !MASKED) s.k = 0.0f;
-    s.near_one = gone ? 1.0f : __fmul_rn(s.value, s.k);
-    const float reach = gone && MASKED ? 0.0f : s.near_one;
+    const bool gone = MASKED ? exponent == 255 : bits == 0x7f800000u;
+    s.before = gone ? (MASKED ? 1.0f : 0.0f) : exponent < 67 ? POWER(64) : exponent > 187 ? POWER(-64) : 1.0f;
+    s.divisor = gone ? 1.0f : __fmul_rn(s.value, s.before);
+    const float reach = gone && MASKED ? 0.0f : s.divisor;
     s.low = __fmul_rn(E_MIN, reach), s.high = __fmul_rn(E_MAX, reach);
-    asm("rcp.rn.f32 %0, %1;" : "=f"(s.r) : "f"(s.near_one));
-    s.rest = __fmaf_rn(-s.near_one, s.r, 1.0f);
+    asm("rcp.rn.f32 %0, %1;" : "=f"(s.r) : "f"(s.divisor));
+    s.rest = __fmaf_rn(-s.divisor, s.r, 1.0f);
 #ifdef F32
     s.rest = __fmul_rn(s.rest, s.r);
 #else
@@ -94,9 +95,13 @@ __device__ __forceinline__ Scale scale_of(float amax, float outer) {
     return s;
 }
 
-// x / scale within the element's range; the magnitude for FLOAT. NaN stays NaN in values; where codes are made there is none.
+// x * before / scale within the element's range; the magnitude for FLOAT. NaN stays NaN in values; where codes are made there is none.
 __device__ __forceinline__ float quotient(float x, const Scale& s) {
-    float a = __fmul_rn(x, s.k);
+#ifdef SCALE_E8M0
+    float a = __fmul_rn(x, s.r);
+#else
+    float a = x;
+#endif
 #ifdef FLOAT
     a = MASKED ? fminf(fabsf(a), s.high) : smaller(fabsf(a), s.high);
 #elif MASKED && defined(INT)
@@ -110,7 +115,7 @@ __device__ __forceinline__ float quotient(float x, const Scale& s) {
 #else
     float q = __fmaf_rn(a, s.r, __fmul_rn(a, s.rest));
 #ifdef F32
-    q = __fmaf_rn(__fmaf_rn(-s.near_one, q, a), s.r, q);
+    q = __fmaf_rn(__fmaf_rn(-s.divisor, q, a), s.r, q);
 #endif
 #ifdef E4M3
     q = __uint_as_float((__float_as_uint(q) & 0x7fffffffu) | (__float_as_uint(a) & 0x80000000u));  // the sign of zero

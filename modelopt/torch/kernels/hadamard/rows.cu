@@ -131,35 +131,45 @@ __device__ __forceinline__ void next_bits(float* sums, element* y, const float* 
 }
 
 #if M > 1
-// Multiply by H_M; a thread has one element of each of its M parts.
+#define SIDE (M == 28 || BITS == 0 ? 1 : 2)  // columns of a thread: two neighbours are stored as one, where registers allow it
+
+// Multiply by H_M; a thread has SIDE neighbours of each of the M parts.
 __device__ __forceinline__ void multiply(float* sums, element* y, const float* signs, u64 left) {
 #pragma unroll 1
-    for (u32 item = threadIdx.x; item < COUNT << BITS; item += THREADS) {
+    for (u32 item = threadIdx.x * SIDE; item < COUNT << BITS; item += THREADS * SIDE) {
         const u32 e = (item >> BITS) * SIZE + (item & ((1u << BITS) - 1));
         const Place<BITS> place(sums, e);
-        float sum[M];
+        float sum[M][SIDE];
 #pragma unroll
         for (int j = 0; j < M; j += 4) {
-            float v[4];
+            float v[4][SIDE];
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 const u32 at = e + (j + i << BITS);
-                load<1>(v + i, BITS >= 8 ? place(j + i) : sums + slot(at >> 2) * 4 + (at & 3));
+                load<SIDE>(v[i], BITS >= 8 ? place(j + i) : sums + slot(at >> 2) * 4 + (at & 3));
             }
-            const float a[2] = {__fadd_rn(v[0], v[1]), __fsub_rn(v[0], v[1])}, b[2] = {__fadd_rn(v[2], v[3]), __fsub_rn(v[2], v[3])};
-            float four[2][2][2];  // a or its other sign, b, and whether b is subtracted
 #pragma unroll
-            for (int i = 0; i < 8; i++) four[i >> 2][i >> 1 & 1][i & 1] = i & 1 ? __fsub_rn(a[i >> 2], b[i >> 1 & 1]) : __fadd_rn(a[i >> 2], b[i >> 1 & 1]);
+            for (int k = 0; k < SIDE; k++) {
+                const float a[2] = {__fadd_rn(v[0][k], v[1][k]), __fsub_rn(v[0][k], v[1][k])};
+                const float b[2] = {__fadd_rn(v[2][k], v[3][k]), __fsub_rn(v[2][k], v[3][k])};
+                float four[2][2][2];  // which a, which b, and whether b is subtracted
 #pragma unroll
-            for (int i = 0; i < M; i++) {
-                const u32 minus = matrix[i] >> j, turned = minus & 1 ? ~minus : minus;  // relative to the first sign
-                const float term = four[turned >> 1 & 1][(turned >> 2 ^ turned >> 3) & 1][turned >> 2 & 1];
-                sum[i] = j == 0 ? (minus & 1 ? -term : term) : minus & 1 ? __fsub_rn(sum[i], term) : __fadd_rn(sum[i], term);
+                for (int i = 0; i < 8; i++) {
+                    const float b_i = b[i >> 1 & 1];
+                    four[i >> 2][i >> 1 & 1][i & 1] = i & 1 ? __fsub_rn(a[i >> 2], b_i) : __fadd_rn(a[i >> 2], b_i);
+                }
+#pragma unroll
+                for (int i = 0; i < M; i++) {
+                    const u32 minus = matrix[i] >> j, turned = minus & 1 ? ~minus : minus;  // relative to the first sign
+                    const float term = four[turned >> 1 & 1][(turned >> 2 ^ turned >> 3) & 1][turned >> 2 & 1];
+                    const float before = j == 0 ? 0.0f : sum[i][k];
+                    sum[i][k] = j == 0 ? (minus & 1 ? -term : term) : minus & 1 ? __fsub_rn(before, term) : __fadd_rn(before, term);
+                }
             }
         }
         if (COUNT > 1 && e >= left) return;
 #pragma unroll
-        for (int i = 0; i < M; i++) emit<1>(y + e + (i << BITS), signs + e % SIZE + (i << BITS), sum + i);
+        for (int i = 0; i < M; i++) emit<SIDE>(y + e + (i << BITS), signs + e % SIZE + (i << BITS), sum[i]);
     }
 }
 #endif

@@ -20,7 +20,9 @@ def why_not(x: Tensor, num_bins: int) -> str | None:
     """Return why this kernel does not serve `x`, or None."""
     if x.dtype not in _TYPES:
         return f"the tensor is {x.dtype}; the kernel takes float32, float16 and bfloat16"
-    return "the tensor is empty" if x.numel() == 0 else cuda.why_not()
+    if x.numel() == 0:
+        return "the tensor is empty"
+    return cuda.why_not() if torch.cuda.get_device_capability(x.device) >= (8, 0) else "the device does not reduce within warps"
 
 
 @functools.cache
