@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -11,6 +13,7 @@ import modelopt.torch.quantization as mtq
 from modelopt.numerics import parse
 from modelopt.numerics import reference as law
 from modelopt.torch import kernels
+from modelopt.torch.kernels.matmul import tables
 from modelopt.torch.quantization.backends import find_kernel
 from modelopt.torch.quantization.backends.packed_gemm import packed_linear
 
@@ -220,17 +223,29 @@ def test_quantized_inputs(text, given):
         assert relative(got, rounded.double() @ weight.t()) < 6e-3, (m, kernels.explain_linear(x, parts, text, n, given))
 
 
+def test_tiles_of_codes_fit():
+    for m in (1, 5, 16, 17, 64, 65, 128, 129, 256, 384, 400, 1024, 5000):
+        for n, k in ((14336, 4096), (4096, 14336), (64, 64), (336, 16), (28672, 8192)):
+            c = tables.codes(m, n, k)
+            assert c.splits <= max(k // c.BK, 1) and c.stages * (c.BM + c.BN) * c.BK <= 227 * 1024
+            assert c.BM * c.BN <= 64 * 32 * c.warps * 2
+
+
 @pytest.mark.gpu
 def test_int8_sums_are_exact():
-    from modelopt.torch.kernels.matmul.triton_int8 import int8_product
+    from modelopt.torch.kernels.matmul.triton_codes import codes_product
 
-    for m, n, k in ((256, 512, 1024), (100, 336, 4096), (1, 64, 64)):
+    for m, n, k in ((256, 512, 1024), (100, 336, 4096), (1, 64, 64), (40, 336, 4096), (128, 256, 16384), (1000, 512, 256)):
         x, w = (torch.randint(-128, 128, (r, k), device="cuda", dtype=torch.int8) for r in (m, n))
         sx, sw = torch.rand(m, 1, device="cuda"), torch.rand(n, 1, device="cuda")
         bias = torch.randn(n, device="cuda", dtype=torch.bfloat16)
         sums = x.double() @ w.double().t()
         expected = (sums.float() * sx * sw.t() + bias.float()).to(torch.bfloat16)
-        assert torch.allclose(int8_product(x, w, sx, sw, bias).float(), expected.float(), rtol=8e-3, atol=1e-3 * k)
+        config = tables.codes(m, n, k)
+        for c in (config, dataclasses.replace(config, splits=1)):
+            got = codes_product(x, w, sx, sw, bias, c)
+            assert torch.allclose(got.float(), expected.float(), rtol=8e-3, atol=1e-3 * k), (m, n, k, c)
+        assert torch.equal(got, codes_product(x, w, sx, sw, bias, config))
 
 
 @pytest.mark.gpu
