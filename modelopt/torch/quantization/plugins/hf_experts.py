@@ -128,9 +128,12 @@ class ExpertsBase(QuantModule):
         stacked = self.stacked(self, name)
         return list(stacked.transpose(1, 2) if self.transposed_in(self, name) else stacked)
 
+    def _all_packed(self) -> bool:
+        return all(self.packed_of(self, name) is not None for name in self._parameters_of(self))
+
     def _counts(self, chosen: Tensor, experts: int) -> Sequence[int] | Tensor:
         """Return how often each expert is in `chosen`: a tensor in graphs, and where all is packed (no wait)."""
-        if torch.compiler.is_compiling() or all(self.packed_of(self, name) is not None for name in self._parameters_of(self)):
+        if torch.compiler.is_compiling() or self._all_packed():
             return (chosen[:, None] == torch.arange(experts, device=chosen.device)).sum(0)
         return torch.bincount(chosen, minlength=experts)[:experts].tolist()  # type: ignore[no-any-return]
 
@@ -260,10 +263,11 @@ class QuantLlama4Experts(ExpertsBase):
         experts = self.num_experts_of(self, "gate_up_proj")
         tokens = hidden_states.shape[0] // experts  # type: ignore[operator]
         token = torch.arange(tokens, device=hidden_states.device).repeat(experts)
+        counts: Any = torch.full((experts,), tokens, device=token.device) if self._all_packed() else [tokens] * experts
         with select_tokens(token, tokens):
             x, given = self._rounded(hidden_states, ("gate_up_proj",))
-            y, then = self._rounded(self._gate(self._each_expert(x, "gate_up_proj", [tokens] * experts, given)), ("down_proj",))
-        return self._each_expert(y, "down_proj", [tokens] * experts, then)
+            y, then = self._rounded(self._gate(self._each_expert(x, "gate_up_proj", counts, given)), ("down_proj",))
+        return self._each_expert(y, "down_proj", counts, then)
 
 
 class QuantDbrxGLU(ExpertsBase):
