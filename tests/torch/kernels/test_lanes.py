@@ -8,7 +8,7 @@ import torch
 from modelopt.numerics import parse
 from modelopt.numerics import reference as law
 from modelopt.torch import kernels
-from modelopt.torch.kernels.fake_quantize import lanes
+from modelopt.torch.kernels.fake_quantize import lane_math, lanes
 
 FORMATS = [
     *("i8[...]*f32", "i4[1,...]*f32", "i8[...,1]*f32", "e4m3[...]*f32", "e5m2[1,...]*f32", "e4m3[-1]~*f32", "i4[128]*f32"),
@@ -77,3 +77,48 @@ def test_what_is_left_to_the_law_is_said():
     assert "blocks" in str(lanes.why_not(x, parse("i4[32]*f32"), ranged=True))
     assert "codebook" in str(lanes.why_not(x, parse("nf4[50]*f32"), ranged=True))
     assert "float64" in str(lanes.why_not(x.double(), parse("i8[1,...]*f32"), ranged=True))
+
+
+MORE = ["e3m0[32]~*e8m0", "e0m3[16]*f32", "e2m3[32]~*e8m0:nearest", "i8n[1,...]*bf16", "e4m3[...,1]*f32", "u8[...]*f32+u8"]
+AMAX = [0.0, 1e-45, 3e-39, 1.2e-38, 1.0, 5.99, 6.0, 6.0000005, 7.5, 448.0, 3e38, float("inf"), float("nan")]
+
+
+@pytest.mark.parametrize("text", [*FORMATS, *MORE])
+def test_small_pieces_strips_and_strides(text, monkeypatch):
+    """The same bits however the tensor is cut: a strip for each thread, ragged last pieces, rows longer than a piece."""
+    fmt = parse(text)
+    monkeypatch.setattr(lanes, "piece_size", lambda: 128)
+    for large in (1, 1 << 30):
+        monkeypatch.setattr(lanes, "_LARGE", large)
+        for shape in ((1, 96), (3, 160), (7, 11, 64), (131, 32), (64, 33)):
+            for dtype in (torch.float32, torch.float16):
+                x = torch.randn(2 * shape[0], *shape[1:], dtype=dtype)[::2]
+                for given in ({}, measured(fmt, x)):
+                    wanted = law.fake_quantize(x, fmt, **given)
+                    for source in (x, x.contiguous(), x.mT.contiguous().mT):
+                        made = kernels.fake_quantize(source, fmt, **given)
+                        assert made.is_contiguous() and same(made, wanted), (large, shape, dtype, list(given))
+
+
+@pytest.mark.parametrize("text", ["e4m3[32]~*e8m0", "e2m1[32]~*e8m0:floor", "e3m2[32]~*e8m0:nearest", "i8[32]~*e8m0"])
+def test_powers_of_two_are_those_of_the_law(text):
+    fmt, amax = parse(text), torch.tensor(AMAX).view(1, -1, 1)
+    wanted = law.compute_scales(amax, fmt).effective
+    assert same(lane_math.find_scales(amax.clone(), fmt, None, None), wanted)
+
+
+@pytest.mark.parametrize("text", ["e2m1[16]~*e4m3[...]*f32", "e2m1[16]~*e4m3:fp8[...]*f32", "i4[16]~*e5m2[...]*f16"])
+@pytest.mark.parametrize("whole", [0.0, 1e-40, 6.0, 3e38, float("inf"), float("nan")])
+def test_two_level_scales_are_those_of_the_law(text, whole):
+    fmt, amax, whole = parse(text), torch.tensor(AMAX).view(1, -1, 1), torch.tensor(whole)
+    wanted = law.compute_scales(amax, fmt, whole).effective
+    assert same(lane_math.find_scales(amax.clone(), fmt, lane_math.outer_scale(fmt, whole), whole), wanted)
+
+
+def test_tiny_scales_are_not_divided_further():
+    x = torch.randn(2048, 256) * 1e-43
+    for text in ("e4m3[...]*f32", "e2m1[1,...]*f32"):
+        assert (
+            lane_math.fold(law.compute_scales(law.block_amax(x, parse(text)), parse(text)).effective, parse(text).element) is None
+        )
+        assert same(kernels.fake_quantize(x, text), law.fake_quantize(x, parse(text)))

@@ -1,45 +1,77 @@
-"""fake_quantize on CPU cores without a compiler: in-place torch ops over pieces that stay in the cores' L2.
+"""fake_quantize on CPU cores without a compiler: in-place torch ops (`lane_math`) over pieces that stay in the cores' L2.
 
-The law's operations in the law's order, on buffers that are made once. One step is spelled differently, with the same result:
-rounding to step as (q + m) - m with m = 1.5 * 2^23 * step (m is a multiple of the power of two at q, hence exact), the sign of a
-zero then taken from x; q is clamped before it is
-rounded (rounding is monotone, and both ends lie on the grid). Pieces of 2^16 elements a
-core: smaller ones pay for the start of a parallel loop, larger ones leave the L2. What is left is mostly the first touch of the
-output's pages, which is why large outputs ask the kernel for huge ones.
+A piece is as many elements for every thread as leave room for three arrays in its L2: x, the result, in whose memory the
+arithmetic is done, and one more. A large tensor is cut into as many strips as there are threads, and a piece has rows of every
+strip, so that no two threads touch the same new page of the result for the first time: both would clear it. Large results ask
+the kernel for huge pages, for fewer faults. What is not contiguous is copied to where the result will be, and rounded there.
 """
 
 from __future__ import annotations
 
 import ctypes
-import math
+import functools
+import itertools
 import mmap
+import os
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from modelopt.numerics import Element, Format, Scales
-from modelopt.numerics import reference as law
+from modelopt.numerics import Format, Scales
 from modelopt.numerics.blocks import canonical
+from modelopt.torch.kernels.fake_quantize.lane_math import (
+    MAGIC,
+    block_amax,
+    find_scales,
+    fold,
+    outer_scale,
+    round_floats,
+    round_integers,
+)
 
-PIECE = 1 << 16  # elements of a piece for each thread: 256 KiB of float32; two buffers and the piece fit the L2
-_GROUP = 1 << 20  # elements whose scales are computed together
-_LONGEST = 1 << 18  # the longest row whose range is found piece by piece
-_LARGE = 1 << 23  # bytes from which an output asks for huge pages
+_LONGEST = 1 << 18  # the longest row whose range is found in one reduction
+_LARGE = 1 << 23  # bytes from which a result asks for huge pages and is cut into strips
+_FEW = 1 << 12  # scales up to which the law's own arithmetic is not slower
+_SIZE_OF_L2 = "/sys/devices/system/cpu/cpu0/cache/index2/size"
 
 
-@dataclass(frozen=True)
-class Job:
-    """A tensor as rows [R, B] that have one scale each, or (`columns`) as rows whose elements have one scale each."""
+@functools.cache
+def piece_size() -> int:
+    """Return the elements of a piece for each thread: 2^17 (512 KiB of float32) where the L2 has 2 MiB, else 2^16."""
+    if sys.platform == "linux" and os.path.exists(_SIZE_OF_L2):
+        with open(_SIZE_OF_L2) as file:
+            size = file.read().strip()  # "2048K"
+        if size.endswith("K") and size[:-1].isdigit() and int(size[:-1]) >= 2048:
+            return 1 << 17
+    return 1 << 16
+
+
+class Parts(NamedTuple):
+    """A tensor as rows [R, B], or [strips, R, B], with a scale for each row or for each column."""
 
     x: Tensor
-    out: Tensor
-    fmt: Format
-    columns: bool
-    scale: Tensor | None  # [R, 1], or [1, B] for columns; None: found row by row
-    zero: Tensor | None
-    global_amax: Tensor | None
+    out: Tensor  # the shape of `x`, which it may be
+    scale: Tensor | None  # [R, 1], [1, B] or [1, 1], likewise with strips; None: found row by row
+    zero: Tensor | None  # like `scale`
+
+    def rows(self, first: int, strips: int, size: int) -> Parts:
+        """Return some rows of [R, B] as [strips, size, B]."""
+
+        def cut(t: Tensor) -> Tensor:
+            if t.shape[0] in (1, size):
+                return t[None]
+            return t[first : first + strips * size].unflatten(0, (strips, size))
+
+        scale, zero = (None if t is None else cut(t) for t in (self.scale, self.zero))
+        return Parts(cut(self.x), cut(self.out), scale, zero)
+
+    def columns(self, here: slice) -> Parts:
+        """Return some columns of [R, B]."""
+        scale, zero = (t if t is None or t.shape[1] == 1 else t[:, here] for t in (self.scale, self.zero))
+        return Parts(self.x[:, here], self.out[:, here], scale, zero)
 
 
 def why_not(x: Tensor, fmt: Format, ranged: bool) -> str | None:
@@ -67,49 +99,32 @@ def _canonical(x: Tensor, fmt: Format) -> tuple[tuple[int, ...], tuple[int, ...]
 
 
 def _columns(shape: tuple[int, ...], sizes: tuple[int, ...]) -> bool:
-    return len(shape) == 2 and sizes[0] == shape[0] > 1 and sizes[1] == 1 and shape[1] <= _piece_size()
+    return len(shape) == 2 and sizes[0] == shape[0] > 1 and sizes[1] == 1
 
 
 def fake_quantize(x: Tensor, fmt: Format, scales: Scales | None, global_amax: Tensor | None) -> Tensor:
     """Return `x` rounded to `fmt`, contiguous: under `scales`, or with the range of every block read from `x`."""
     shape, sizes = _canonical(x, fmt)
     out = _empty(x)
-    columns = _columns(shape, sizes)
-    rows = (shape[0], shape[1]) if columns else (math.prod(shape) // sizes[-1], sizes[-1])
-    cells = (1, -1) if columns else (-1, 1)
-    scale = None if scales is None else scales.effective.reshape(cells)
-    zero = None if scales is None or scales.zero is None else scales.zero.reshape(cells)
-    flat = x.detach().contiguous()
-    if rows[1] > _piece_size() and scale is not None and not columns:  # cut long rows
-        cut = math.gcd(rows[1], _piece_size())
-        if rows[0] == 1:
-            return _cut_one(flat, out, fmt, scale, zero)
-        if cut >= 1024:
-            scale = scale.repeat_interleave(rows[1] // cut, 0)
-            zero = None if zero is None else zero.repeat_interleave(rows[1] // cut, 0)
-            rows = (rows[0] * (rows[1] // cut), cut)
-    _run(Job(flat.view(rows), out.view(rows), fmt, columns, scale, zero, global_amax))
+    flat = x.detach() if x.is_contiguous() else out.copy_(x.detach())
+    scale, zero = (None, None) if scales is None else (scales.effective, scales.zero)
+    width, cells = sizes[-1], (-1, 1)
+    if _columns(shape, sizes):
+        width, cells = shape[1], (1, -1)
+    elif scale is not None and scale.numel() == 1:
+        width = 1  # one scale for all: the tensor may be cut anywhere
+    scale, zero = (None if t is None else t.reshape(cells) for t in (scale, zero))
+    whole = Parts(flat.view(-1, width), out.view(-1, width), scale, zero)
+    if scale is None or width <= piece_size():
+        _strips(whole, fmt, global_amax)
+    else:
+        for start in range(0, width, piece_size()):
+            _strips(whole.columns(slice(start, start + piece_size())), fmt, global_amax)
     return out
-
-
-def _cut_one(x: Tensor, out: Tensor, fmt: Format, scale: Tensor, zero: Tensor | None) -> Tensor:
-    """Round a tensor that has one scale: whole pieces, then the rest."""
-    a, b = x.view(-1), out.view(-1)
-    piece = _piece_size()
-    whole = a.numel() // piece * piece
-    _run(Job(a[:whole].view(-1, piece), b[:whole].view(-1, piece), fmt, True, scale, zero, None))
-    if whole < a.numel():
-        _run(Job(a[whole:].view(1, -1), b[whole:].view(1, -1), fmt, True, scale, zero, None))
-    return out
-
-
-def _piece_size() -> int:
-    threads = torch.get_num_threads()
-    return PIECE << max(threads - 1, 0).bit_length()
 
 
 def _empty(x: Tensor) -> Tensor:
-    """Return an uninitialized tensor like contiguous `x`; on Linux a large one asks for huge pages, for fewer page faults."""
+    """Return an uninitialized contiguous tensor like `x`; on Linux a large one asks for huge pages, for fewer page faults."""
     out = torch.empty(x.shape, dtype=x.dtype)
     if out.nbytes >= _LARGE and sys.platform == "linux":
         start = -(-out.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
@@ -118,62 +133,45 @@ def _empty(x: Tensor) -> Tensor:
     return out
 
 
-def _run(job: Job) -> None:
-    """Round all rows, a piece at a time; ranges that are not given are found for a group of rows first."""
-    rows, width = job.x.shape
-    step = min(max(_piece_size() // width, 1), rows)
-    group = rows if job.scale is not None else max(_GROUP // width // step, 1) * step
-    buffers = [torch.empty(step, width) for _ in range(2 if job.x.dtype == torch.float32 else 3)]
-    for first in range(0, rows, group):
-        last = min(first + group, rows)
-        scale = job.scale
+def _strips(whole: Parts, fmt: Format, global_amax: Tensor | None) -> None:
+    """Round [R, B]: a strip of rows for each thread, then the few rows that are left over."""
+    strips = torch.get_num_threads() if whole.out.nbytes >= _LARGE else 1
+    rows = whole.x.shape[0]
+    size = rows // strips
+    if size:
+        _run(whole.rows(0, strips, size), fmt, global_amax)
+    if rows > strips * size:
+        _run(whole.rows(strips * size, 1, rows - strips * size), fmt, global_amax)
+
+
+def _run(parts: Parts, fmt: Format, global_amax: Tensor | None) -> None:
+    """Round [S, R, B], a piece at a time."""
+    strips, rows, width = parts.x.shape
+    e, scale = fmt.element, parts.scale
+    step = min(max(piece_size() * torch.get_num_threads() // (strips * width), 1), rows)
+    spare = parts.x.new_empty((strips, step, width), dtype=torch.float32)
+    spare = spare.fill_(MAGIC) if e.kind == "int" else spare
+    wide = None if parts.x.dtype == torch.float32 else torch.empty_like(spare)
+    bits = spare if scale is not None or e.kind != "int" else torch.empty_like(spare)
+    bits = bits.view(torch.int32)
+    outer = outer_scale(fmt, global_amax) if scale is None and strips * rows > _FEW else None
+    folded = fold(scale, e) if scale is not None and e.kind == "float" and rows > step else None
+    levels = (_cut(t, step) for t in (scale, parts.zero, folded))
+    for x, out, scale, zero, small in zip(parts.x.split(step, 1), parts.out.split(step, 1), *levels, strict=False):
+        if x.shape[1] < spare.shape[1]:  # the last piece
+            spare, bits, wide = spare[:, : x.shape[1]], bits[:, : x.shape[1]], None if wide is None else wide[:, : x.shape[1]]
+        q = out if wide is None else wide
+        source = x if wide is None else wide.copy_(x)
         if scale is None:
-            scale = _find_scales(job, first, last, step, buffers)
-        elif not job.columns:
-            scale = scale[first:last]
-        zero = job.zero if job.zero is None or job.columns else job.zero[first:last]
-        for row in range(first, last, step):
-            end = min(row + step, last)
-            here = slice(None) if job.columns else slice(row - first, end - first)
-            _round_piece(job, slice(row, end), scale[here], None if zero is None else zero[here], buffers)
+            scale = find_scales(block_amax(source, bits), fmt, outer, global_amax)
+        if e.kind == "int":
+            round_integers(source, q, spare, scale, zero, e)
+        else:
+            round_floats(torch.div(source, scale, out=q), spare, scale, small, e)
+        if wide is not None:
+            out.copy_(wide)
 
 
-def _piece(job: Job, rows: slice, buffers: list[Tensor]) -> Tensor:
-    x = job.x[rows]
-    return x if x.dtype == torch.float32 else buffers[2][: x.shape[0]].copy_(x)
-
-
-def _round_piece(job: Job, rows: slice, scale: Tensor, zero: Tensor | None, buffers: list[Tensor]) -> None:
-    x, out = _piece(job, rows, buffers), job.out[rows]
-    q, spare = buffers[0][: x.shape[0]], buffers[1][: x.shape[0]]
-    torch.div(x, scale, out=q)
-    e = job.fmt.element
-    if zero is not None:
-        q.round_().add_(zero).clamp_(e.min, e.max).sub_(zero)
-    elif e.kind == "int":
-        q.round_().clamp_(e.min, e.max).add_(0.0)
-    else:
-        _round_float(q, spare, x, e)
-    if out.dtype == torch.float32:
-        torch.mul(q, scale, out=out)
-    else:
-        out.copy_(q.mul_(scale))
-
-
-def _find_scales(job: Job, first: int, last: int, step: int, buffers: list[Tensor]) -> Tensor:
-    """Return the scales of some rows, [R, 1]; magnitudes compare as their bits do, and NaN is above all."""
-    amax = torch.empty(last - first, 1, dtype=torch.int32)
-    for row in range(first, last, step):
-        x = _piece(job, slice(row, min(row + step, last)), buffers)
-        bits = buffers[0][: x.shape[0]].view(torch.int32)
-        torch.bitwise_and(x.view(torch.int32), 0x7FFFFFFF, out=bits)
-        torch.amax(bits, 1, keepdim=True, out=amax[row - first : row - first + x.shape[0]])
-    return law.compute_scales(amax.view(torch.float32), job.fmt, job.global_amax).effective
-
-
-def _round_float(q: Tensor, spare: Tensor, x: Tensor, e: Element) -> None:
-    q.clamp_(e.min, e.max)
-    torch.bitwise_and(q.view(torch.int32), 0x7F800000, out=spare.view(torch.int32))
-    spare.clamp_min_(2.0 ** (1 - e.bias))
-    magic = 1.5 * 2.0 ** (23 - e.mantissa_bits)
-    q.add_(spare, alpha=magic).sub_(spare, alpha=magic).copysign_(x)
+def _cut(levels: Tensor | None, step: int) -> Iterable[Tensor | None]:
+    """Yield the scales of each piece."""
+    return itertools.repeat(levels) if levels is None or levels.shape[1] == 1 else levels.split(step, 1)
