@@ -105,7 +105,7 @@ def _columns(shape: tuple[int, ...], sizes: tuple[int, ...]) -> bool:
 def fake_quantize(x: Tensor, fmt: Format, scales: Scales | None, global_amax: Tensor | None) -> Tensor:
     """Return `x` rounded to `fmt`, contiguous: under `scales`, or with the range of every block read from `x`."""
     shape, sizes = _canonical(x, fmt)
-    out = _empty(x)
+    out = new_output(x)
     flat = x.detach() if x.is_contiguous() else out.copy_(x.detach())
     scale, zero = (None, None) if scales is None else (scales.effective, scales.zero)
     width, cells = sizes[-1], (-1, 1)
@@ -123,7 +123,7 @@ def fake_quantize(x: Tensor, fmt: Format, scales: Scales | None, global_amax: Te
     return out
 
 
-def _empty(x: Tensor) -> Tensor:
+def new_output(x: Tensor) -> Tensor:
     """Return an uninitialized contiguous tensor like `x`; on Linux a large one asks for huge pages, for fewer page faults."""
     out = torch.empty(x.shape, dtype=x.dtype)
     if out.nbytes >= _LARGE and sys.platform == "linux":
