@@ -5,6 +5,7 @@ Both read the tensor once, coalesced, while the tile before is computed, and add
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import pathlib
 from dataclasses import dataclass
@@ -44,7 +45,7 @@ def source(*names: str) -> str:
     return "\n".join(pathlib.Path(__file__).with_name(name).read_text() for name in names)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # plans are cached, and found by identity
 class Plan:
     """How a kernel is compiled and launched: its files, constants, threads, bytes of shared memory, values of a block."""
 
@@ -112,17 +113,29 @@ def stages(bits: int, matrix_follows: bool) -> tuple[int, int, int]:
     return 5, 0, rest - 5
 
 
+@functools.lru_cache(maxsize=256)
+def loaded(how: Plan, device: torch.device) -> tuple[cuda.Kernel, int]:
+    """Return the kernel of a plan and how many thread blocks `device` holds at once."""
+    kernel = cuda.compiled(source(*how.files), how.name, how.constants, device)
+    return kernel, how.resident * torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def hadamard(x: Tensor, size: int, signs: Tensor | None = None, inverse: bool = False) -> Tensor:
     """Return the transform of every `size` elements of the last dimension of `x`; see `kernels.hadamard`."""
     x = x.detach().contiguous()
     x = x.clone() if x.data_ptr() % 16 else x
     out = torch.empty_like(x)
     how = plan(size, x.dtype, 0 if signs is None else -1 if inverse else 1, inverse)
-    kernel = cuda.compiled(source(*how.files), how.name, how.constants, x.device)
-    multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count
-    blocks = min(-(-x.numel() // how.tile), how.resident * multiprocessors)
+    kernel, most = loaded(how, x.device)
     pieces = x.numel() // TYPES[x.dtype][1]
     signs = None if signs is None else signs.float().contiguous()
-    stream = torch.cuda.current_stream(x.device).cuda_stream
-    kernel.launch((blocks, 1, 1), how.threads, how.shared, stream, (x, signs, out, pieces & 0x7FFFFFFF, pieces >> 31))
+    launch(kernel, how, min(-(-x.numel() // how.tile), most), x, signs, out, pieces & 0x7FFFFFFF, pieces >> 31)
     return out
+
+
+def launch(kernel: cuda.Kernel, how: Plan, blocks: int, x: Tensor, *rest: Tensor | int | None) -> None:
+    """Launch with the arguments `x, *rest` on the current stream of the device of `x`."""
+    device = x.device
+    with contextlib.nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device):
+        stream = torch.cuda.current_stream(device).cuda_stream
+        kernel.launch((blocks, 1, 1), how.threads, how.shared, stream, (x, *rest))

@@ -17,7 +17,7 @@ from modelopt.numerics import Format, parse
 from modelopt.numerics import reference as law
 from modelopt.numerics.blocks import canonical
 from modelopt.torch.kernels.choice import forced
-from modelopt.torch.kernels.hadamard.cuda import LARGEST_BLOCK, SHARED, TYPES, Plan, source
+from modelopt.torch.kernels.hadamard.cuda import LARGEST_BLOCK, SHARED, TYPES, Plan, launch, loaded
 from modelopt.torch.kernels.hadamard.reference import scale
 from modelopt.torch.kernels.matmul import cuda
 
@@ -53,15 +53,12 @@ def rotated(
     x = x.detach().contiguous()
     x = x.clone() if x.data_ptr() % 16 else x
     out, scales = _outputs(x, fmt, codes)
-    kernel = cuda.compiled(source(*how[0].files), "rounded", how[0].constants, x.device)
-    groups = -(-x.numel() // how[0].tile)
-    blocks = min(groups, how[0].resident * torch.cuda.get_device_properties(x.device).multi_processor_count)
+    kernel, most = loaded(how[0], x.device)
+    blocks = min(-(-x.numel() // how[0].tile), most)
     pieces = x.numel() // TYPES[x.dtype][1]
     given = None if amax is None else amax.contiguous()
     stored = (scales[0] if scales else None, scales[1] if len(scales) > 1 else None)
-    arguments = (x, out, *stored, given, global_amax, how[1], pieces & 0x7FFFFFFF, pieces >> 31)
-    stream = torch.cuda.current_stream(x.device).cuda_stream
-    kernel.launch((blocks, 1, 1), how[0].threads, how[0].shared, stream, arguments)
+    launch(kernel, how[0], blocks, x, out, *stored, given, global_amax, how[1], pieces & 0x7FFFFFFF, pieces >> 31)
     return [out, *scales]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import pathlib
 
@@ -61,7 +62,8 @@ def histogram(x: Tensor, num_bins: int, limit: Tensor | None) -> tuple[Tensor, T
     peak = torch.zeros((), dtype=torch.int32, device=x.device)
     multiprocessors = torch.cuda.get_device_properties(x.device).multi_processor_count
     blocks = min(-(-size // (threads * _IN_FLIGHT * each)), resident * multiprocessors)
-    stream = torch.cuda.current_stream(x.device).cuda_stream
-    shared = 4 * num_bins * columns
-    kernel.launch((blocks, 1, 1), threads, shared, stream, (x, counts, peak, limit, size & 0x7FFFFFFF, size >> 31))
+    arguments = (x, counts, peak, limit, size & 0x7FFFFFFF, size >> 31)
+    with contextlib.nullcontext() if x.device.index == torch.cuda.current_device() else torch.cuda.device(x.device):
+        stream = torch.cuda.current_stream(x.device).cuda_stream
+        kernel.launch((blocks, 1, 1), threads, 4 * num_bins * columns, stream, arguments)
     return counts, peak.view(torch.float32)
