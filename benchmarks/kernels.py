@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -197,6 +198,13 @@ def measure_hadamard(table: Table, xs: list[torch.Tensor]) -> None:
         table.add("hadamard", f"{width}", lambda i, wide=wide: kernels.hadamard(wide[i]), 2 * wide[0].nbytes)
 
 
+def write(path: str, about: dict[str, Any]) -> None:
+    """Write what was measured so far; without a path, nothing."""
+    if path:
+        with open(path, "w") as file:
+            json.dump(about, file, indent=1)
+
+
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description="Memory-bound ops against the device's own bandwidth.")
@@ -209,6 +217,7 @@ def main() -> None:
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,
+        "date": time.strftime("%Y-%m-%d"),
     }
     if options.first_calls:
         about["first_calls"] = first_calls.measure()
@@ -217,10 +226,11 @@ def main() -> None:
         print(about)
         print("| op | format | size | us | share | of | eager, us |")
         print("|---|---|---|---|---|---|---|")
-        about["rows"] = [row for n in options.sizes for row in measure(n, options.only, about["ceilings"])]
-    if options.json:
-        with open(options.json, "w") as file:
-            json.dump(about, file, indent=1)
+        about["rows"] = []
+        for n in options.sizes:
+            about["rows"] += measure(n, options.only, about["ceilings"])
+            write(options.json, about)
+    write(options.json, about)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import argparse
 import functools
 import json
 import os
+import time
 from collections.abc import Iterator
 
 import torch
@@ -43,19 +44,15 @@ CASES = {  # name -> (weight, input, input amax)
 }
 
 
-def rows_of(shapes: tuple[tuple[int, int], ...], cases: list[str], rows: tuple[int, ...]) -> list[dict[str, object]]:
-    """Measure every case at every shape and return one record each."""
-    found: list[dict[str, object]] = []
+def rows_of(shapes: tuple[tuple[int, int], ...], cases: list[str], rows: tuple[int, ...]) -> Iterator[dict[str, object]]:
+    """Measure every case at every shape and yield one record each."""
     for n, k in shapes:
         dense = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) * 0.02 for _ in range(4)]
         inputs = {m: torch.randn(m, k, device="cuda", dtype=torch.bfloat16) for m in rows}
         base = {m: measure([functools.partial(F.linear, x, w) for w in dense], 12 if m > 64 else 24) for m, x in inputs.items()}
         for name in cases:
             for m, us, how in case_of(name, dense[0], inputs):
-                found.append(
-                    {"case": name, "N": n, "K": k, "M": m, "us": us, "bf16": base[m], "ratio": base[m] / us, "path": how}
-                )
-    return found
+                yield {"case": name, "N": n, "K": k, "M": m, "us": us, "bf16": base[m], "ratio": base[m] / us, "path": how}
 
 
 def case_of(name: str, weight: torch.Tensor, inputs: dict[int, torch.Tensor]) -> Iterator[tuple[int, float, str]]:
@@ -70,9 +67,8 @@ def case_of(name: str, weight: torch.Tensor, inputs: dict[int, torch.Tensor]) ->
         yield m, measure(calls, len(copies) * (1 if m > 64 else 4)), kernels.explain_linear(x, parts, text, n, given)
 
 
-def experts_of(n: int, k: int, cases: list[str], rows: tuple[int, ...], experts: int = 8) -> list[dict[str, object]]:
-    """Measure the products of fused experts [experts, n, k] and return one record for each case and number of rows."""
-    found: list[dict[str, object]] = []
+def experts_of(n: int, k: int, cases: list[str], rows: tuple[int, ...], experts: int = 8) -> Iterator[dict[str, object]]:
+    """Measure the products of fused experts [experts, n, k] and yield one record for each case and number of rows."""
     dense = torch.randn(experts, n, k, device="cuda", dtype=torch.bfloat16) * 0.02
     for name in cases:
         text, given, top = CASES[name]
@@ -86,10 +82,7 @@ def experts_of(n: int, k: int, cases: list[str], rows: tuple[int, ...], experts:
             base = measure([functools.partial(torch._grouped_mm, x, matrices, offs=ends)], 6)
             us = measure([functools.partial(kernels.quantized_grouped_linear, x, offsets, parts, text, n, None, given, amax)], 6)
             how = kernels.explain_grouped(x, parts, text, n, given)
-            found.append(
-                {"case": f"8 experts, {name}", "N": n, "K": k, "M": m, "us": us, "bf16": base, "ratio": base / us, "path": how}
-            )
-    return found
+            yield {"case": f"8 experts, {name}", "N": n, "K": k, "M": m, "us": us, "bf16": base, "ratio": base / us, "path": how}
 
 
 def print_table(records: list[dict[str, object]]) -> None:
@@ -105,6 +98,15 @@ def print_table(records: list[dict[str, object]]) -> None:
         print(f"{case:44}{str(n) + ', ' + str(k):>14}" + "".join(cells))
 
 
+def write(path: str, records: list[dict[str, object]]) -> None:
+    """Write what was measured so far; without a path, nothing."""
+    if path:
+        about = {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "date": time.strftime("%Y-%m-%d")}
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        with open(path, "w") as file:
+            json.dump(about | {"records": records}, file, indent=1)
+
+
 def main() -> None:
     """Measure, print the table, and write the records as JSON."""
     options = argparse.ArgumentParser(description=__doc__)
@@ -118,19 +120,17 @@ def main() -> None:
     torch.manual_seed(0)
     cases = [c for c in CASES if not chosen.case or any(part in c for part in chosen.case)]
     rows = tuple(chosen.rows or ROWS)
-    if chosen.experts:
-        records = experts_of(*SHAPES[0], cases, rows)
-    else:
-        records = rows_of(LARGE if chosen.large else SHAPES, cases, rows)
+    shapes = LARGE if chosen.large else SHAPES
+    records: list[dict[str, object]] = []
+    for record in experts_of(*SHAPES[0], cases, rows) if chosen.experts else rows_of(shapes, cases, rows):
+        records.append(record)
+        write(chosen.json, records)
     if not chosen.no_peers and not chosen.experts:
-        found = peers.rows_of(LARGE if chosen.large else SHAPES, rows, tuple(chosen.case or ()))
+        found = peers.rows_of(shapes, rows, tuple(chosen.case or ()))
         records += [r for r in found if "us" in r]
+        write(chosen.json, records)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
     print_table(records)
-    if chosen.json:
-        os.makedirs(os.path.dirname(chosen.json) or ".", exist_ok=True)
-        with open(chosen.json, "w") as file:
-            json.dump({"device": torch.cuda.get_device_name(), "torch": torch.__version__, "records": records}, file, indent=1)
 
 
 if __name__ == "__main__":
