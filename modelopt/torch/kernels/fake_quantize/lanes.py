@@ -34,6 +34,7 @@ from modelopt.torch.kernels.fake_quantize.lane_math import (
 
 _LONGEST = 1 << 18  # the longest row whose range is found in one reduction
 _LARGE = 1 << 23  # bytes from which a result asks for huge pages and is cut into strips
+_MOST = 1 << 21  # elements of a piece, however many threads there are: 8 MiB of float32
 _FEW = 1 << 12  # scales up to which the law's own arithmetic is not slower
 _SIZE_OF_L2 = "/sys/devices/system/cpu/cpu0/cache/index2/size"
 
@@ -148,7 +149,8 @@ def _run(parts: Parts, fmt: Format, global_amax: Tensor | None) -> None:
     """Round [S, R, B], a piece at a time."""
     strips, rows, width = parts.x.shape
     e, scale = fmt.element, parts.scale
-    step = min(max(piece_size() * torch.get_num_threads() // (strips * width), 1), rows)
+    piece = min(piece_size() * torch.get_num_threads(), _MOST)
+    step = min(max(piece // (strips * width), 1), rows)
     spare = parts.x.new_empty((strips, step, width), dtype=torch.float32)
     spare = spare.fill_(MAGIC) if e.kind == "int" else spare
     wide = None if parts.x.dtype == torch.float32 else torch.empty_like(spare)
