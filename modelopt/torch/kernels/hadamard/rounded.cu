@@ -136,6 +136,7 @@ __device__ __forceinline__ void emit(uint4* here, uint4* out, const u32* words, 
 #if BITS == 4
     if (lane * PIECES < left) __stcs(out + tile / PIECES + lane, make_uint4(codes[0], codes[1], codes[2], codes[3]));
 #else
+    __syncwarp();  // codes go where other lanes had their values
 #pragma unroll
     for (int p = 0; p < 2; p++) here[slot(lane * 2 + p)] = make_uint4(codes[4 * p], codes[4 * p + 1], codes[4 * p + 2], codes[4 * p + 3]);
     __syncwarp();
