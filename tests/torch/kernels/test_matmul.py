@@ -96,13 +96,18 @@ SHAPES = ((14336, 4096), (4096, 14336), (8192, 28672), (1024, 4096), (4096, 4096
 
 @pytest.mark.parametrize("text", FORMATS)
 def test_configurations_fit_the_machine(text):
-    from modelopt.torch.kernels.matmul import broad, skinny
+    from modelopt.torch.kernels.matmul import broad, one, skinny
     from modelopt.torch.kernels.matmul.plan import Plan, plan
 
     for n, k in SHAPES:
         read = plan(parse(text), n, k)
         assert isinstance(read, Plan)
         for block, whole in ((227 << 10, 228 << 10), (163 << 10, 164 << 10), (99 << 10, 100 << 10)):
+            alone = one.choose(read, n, k, 132, (block, whole))
+            if alone is not None:
+                launch = one.planned(read, n, k, False, skinny.type_of(read), k // read.group, (0, 0), alone)
+                assert launch.shared <= block - 1024 and launch.block <= 512
+            assert alone is not None or k > 14336
             for m in (1, 2, 8, 9, 16):
                 few = skinny.choose(read, m, n, k, 132, (block, whole))
                 if few is not None:
@@ -115,6 +120,21 @@ def test_configurations_fit_the_machine(text):
                     launch = broad.planned(read, m, n, k, False, skinny.type_of(read), k // read.group, (0, 0), tens)
                     assert launch.shared <= block - 1024
                 assert tens is not None or block < 200 << 10
+
+
+def test_columns_are_a_multiple_of_32():
+    from modelopt.torch.kernels.matmul.plan import Plan, plan
+
+    for text, k, ragged in (
+        ("i4[64]*f32", 576, True),
+        ("i4[64]*f32", 640, False),
+        ("e2m1[32]~*e8m0", 96, True),
+        ("e4m3[...]*f32", 96, True),
+    ):
+        read = plan(parse(text), 576, k)
+        assert isinstance(read, Plan) and read.ragged == ragged
+    for text, k in (("i4[128]*f32", 576), ("i4[16]*f32", 80), ("i8[1,...]*f32", 72)):
+        assert isinstance(plan(parse(text), 576, k), str)
 
 
 def test_scales_are_copied_in_the_largest_units_that_divide_them():
@@ -166,12 +186,12 @@ RAGGED = [f for f in FORMATS if "128]" not in f]
 @pytest.mark.gpu
 @pytest.mark.parametrize("text", RAGGED)
 def test_columns_that_end_within_a_step(text):
-    for n, k in ((576, 576), (192, 576), (1536, 576), (576, 1536), (40, 96), (8, 32), (4096, 1056)):
+    for n, k in ((576, 576), (192, 576), (40, 96), (8, 32)):
         if k % min(parse(text).block.sizes((n, k))[1], k):
             continue
         parts = packed(n, k, text, "cuda")
         weight = values(parts, text, n, k).double()
-        for m in (1, 2, 5, 8, 9, 40):
+        for m in (1, 2, 8, 9):
             x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
             name = kernels.explain_linear(x, parts, text, n)
             assert m > 8 or name == "few", (n, k, m, name)
@@ -206,7 +226,6 @@ def test_one_row_of_any_range(text):
         "e4m3[1,...]*f32",
         "i8[1,...]*f32",
         "i4[64]*f32",
-        "u4[64]*f32+u4",
         "e2m1[16]~*e4m3[...]*f32",
         "e2m1[32]~*e8m0",
     ],

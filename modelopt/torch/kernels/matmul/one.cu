@@ -2,44 +2,16 @@
 //
 //     legend  N rows of W, K columns; a step is 64 bytes of a row of W (STEP columns); lane = 4 g + t
 //
-// x is a fixed-point number X with one power of two for all columns, 2^TOP over the largest of them, cut into DIGITS signed bytes:
-// X = d0 + 256 d1 + ...  The digits are the eight columns of B in mma.m16n8k32, so that the products with all digits cost one
-// instruction, and sums are exact. Codes of e4m3 become float16 in one instruction for two, and X is float16.
+// `digits.cu` makes x a fixed-point number whose digits fill the columns of B. A thread's 16 bytes of a row of W are neighbouring
+// columns; sums of products with the digits are exact, and scales (and zero points) of blocks meet them, never the weights. Sums
+// start at 1.5 x 2^23, so that their bits are those of a float32. Codes of e4m3 become float16 in one instruction for two, those of
+// e2m1 likewise after they have become e4m3.
 //
-// A thread's 16 bytes of a row of W hold neighbouring columns. With GS groups of scales in a step the digits are put into other
-// columns of B for each group (zeros elsewhere): sums of groups come out apart, and scales multiply sums, never weights.
-//
-//     GS 1       column g is digit g & 3
-//     GS 2       column g is digit g & 3 of the threads t with t / 2 = g / 4
-//     GS 4 (8)   column g is digit g & 1 (+ 2 in the second of PASSES) of the thread t = g / 2 (of each half of its words)
-//
-// Low and high halves of bytes stay where they are: 16 x code with X, code with 16 X. Codes are unsigned for the tensor cores (i4
-// code + 8, e2m1 12 + twice its value, looked up eight at a time by prmt); what that adds is taken off by the first value of the sums,
-// which lies in a table beside x. Sums start at 1.5 x 2^23, so that their bits are those of a float32.
-//
-// Warps, rings and parts of K are as in `skinny.cu`, and so are the constants, but: RAGGED K is no multiple of STEP; HOLD pieces of
-// eight columns of x that a thread holds.
-
-#define THREADS (32 * WK * WR)
-#define SLOT (S * 1024)
-#define LOOKUP (KIND == 2 && FP4INT)
-#define FLOATS ((KIND == 2 && !LOOKUP) || KIND == 4)
-#define HALVES_OF_BYTES (KIND < 2)
-#define GS (SCALED && G < STEP ? STEP / G : 1)
-#define HALVES (GS == 8 ? 2 : 1)
-#define PASSES (!FLOATS && GS >= 4 ? 2 : 1)
-#define DIGITS (FLOATS || (KIND == 3 && XKIND == 2 && !SCALED) ? 1 : 4)
-#define QUADS ((FOUR ? 2 : 1) * (FLOATS ? 2 : 1))
-#define X_QUAD (DIGITS * 64 + (GS > 1 ? 16 : 0))
-#define X_STEP (QUADS * X_QUAD)
-#define T_STEP (HALVES_OF_BYTES ? PASSES * HALVES * 64 : 0)
-#define TOP (FLOATS ? 15 : HALVES_OF_BYTES ? 26 : 30)
-#define FITTED (XKIND == 0 && !(FLOATS && HALF))  // X depends on the largest of x
-#define MAGIC 0x4B400000
-#define WHOLE (KIND == 3 && !SCALED)  // integer sums over all of K
+// Warps, rings and parts of K are as in `skinny.cu`, and so are the constants, but: RAGGED K is no multiple of STEP; EVEN all warps
+// have whole stages; HOLD pieces of eight columns of x that a thread holds.
 
 __device__ __forceinline__ void mma_int(int* d, const u32* a, u32 b0, u32 b1, const int* c) {
-#if KIND < 2
+#if HALVES_OF_BYTES
   asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
 #else
   asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%11,%12,%13};"
@@ -64,99 +36,9 @@ __device__ __forceinline__ void operands(u32 w, u32& first, u32& second) {
 #endif
 }
 
-// Twice the values of the codes of e2m1 in a word: the sums of `first` and `more_first`, of `second` and `more_second`. A selector
-// of prmt whose highest bit is set gives the sign of the byte, here 0: positive codes are 2 m - m, negative ones 0 - m.
-__device__ __forceinline__ void values_of(u32 w, u32& first, u32& second, u32& more_first, u32& more_second) {
-  u64 wide;
-  asm("mul.wide.u32 %0, %1, 65536;" : "=l"(wide) : "r"(w));
-  const u32 high = (u32)(wide >> 32);
-  first = prmt(0x06040200u, 0x18100C08u, w), second = prmt(0x06040200u, 0x18100C08u, high);
-  more_first = prmt(0xFDFEFF00u, 0xF4F8FAFCu, w & 0x77777777u), more_second = prmt(0xFDFEFF00u, 0xF4F8FAFCu, high & 0x77777777u);
-}
-
 // The even (odd) codes of e2m1 in a word as bytes of e4m3, 2^-6 times their values.
 template <bool ODD> __device__ __forceinline__ u32 bytes_of(u32 w) {
   return lop3<0xEA>(ODD ? w >> 2 : w << 2, 0x1C1C1C1Cu, (ODD ? w : w << 4) & 0x80808080u);
-}
-
-// The digits of four fixed-point numbers, those of the same weight in one word.
-__device__ __forceinline__ void digits(const int* fixed, u32* words) {
-  u32 v[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) v[i] = ((u32)fixed[i] + 0x00808080u) ^ 0x00808080u;
-  const u32 a = prmt(v[0], v[1], 0x5140), b = prmt(v[2], v[3], 0x5140);
-  words[0] = prmt(a, b, 0x5410);
-  if (DIGITS == 1) return;
-  const u32 c = prmt(v[0], v[1], 0x7362), d = prmt(v[2], v[3], 0x7362);
-  words[1] = prmt(a, b, 0x7632), words[2] = prmt(c, d, 0x5410), words[3] = prmt(c, d, 0x7632);
-}
-
-// The largest magnitude of eight neighbours, as float bits; NaN if there is one.
-__device__ __forceinline__ u32 top_of(uint4 v) {
-  const u32 all[4] = {v.x, v.y, v.z, v.w};
-  u32 top = 0;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-#if HALF
-    asm("max.NaN.f16x2 %0, %0, %1;" : "+r"(top) : "r"(all[i] & 0x7FFF7FFFu));
-#else
-    asm("max.NaN.bf16x2 %0, %0, %1;" : "+r"(top) : "r"(all[i] & 0x7FFF7FFFu));
-#endif
-  }
-  return max(__float_as_uint(low(top)), __float_as_uint(high(top)));
-}
-
-__device__ __forceinline__ u32 halves(float low, float high) {
-  u32 d;
-  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
-  return d;
-}
-
-// Put eight neighbouring columns, the i-th eight of the block, into shared memory, and what their sums add to the table. All lanes come.
-__device__ __forceinline__ void place(uint4 v, int i, bool valid, float by, float pre, float unit, u32 xs, u32 table) {
-  const u32 pairs[4] = {rounded(v.x, by), rounded(v.y, by), rounded(v.z, by), rounded(v.w, by)};
-#if FLOATS
-  u32 f[4];
-#pragma unroll
-  for (int p = 0; p < 4; ++p) f[p] = HALF ? pairs[p] : halves(low(pairs[p]) * pre * unit, high(pairs[p]) * pre * unit);
-  if (valid)
-    to_shared16(xs + (FOUR ? (i >> 4) * X_STEP + (i & 3) * X_QUAD + (i >> 2 & 3) * 16 : (i >> 3) * X_STEP + (i & 1) * X_QUAD + (i >> 1 & 3) * 16),
-        FOUR ? make_uint4(prmt(f[0], f[1], 0x5410), prmt(f[2], f[3], 0x5410), prmt(f[0], f[1], 0x7632), prmt(f[2], f[3], 0x7632))
-             : make_uint4(f[0], f[1], f[2], f[3]));
-#else
-  int fixed[2][4];
-#pragma unroll
-  for (int p = 0; p < 4; ++p)
-#pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      const float value = (h ? high(pairs[p]) : low(pairs[p])) * (HALF || XKIND ? 1.0f : pre) * (HALVES_OF_BYTES && h == 0 ? 16.0f * unit : unit);
-      fixed[HALVES_OF_BYTES ? h : p / 2][HALVES_OF_BYTES ? p : p % 2 * 2 + h] = __float2int_rn(value);
-    }
-  u32 first[4], second[4];
-  digits(fixed[0], first), digits(fixed[1], second);
-  const u32 to = xs + (FOUR ? (i >> 4) * X_STEP + (i >> 1 & 1) * X_QUAD + (i >> 2 & 3) * 16 : (i >> 3) * X_STEP + (i >> 1 & 3) * 16) + (i & 1) * 8;
-#pragma unroll
-  for (int d = 0; d < DIGITS; ++d)
-    if (valid) asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(to + d * 64), "r"(first[d]), "r"(second[d]) : "memory");
-#if HALVES_OF_BYTES
-  constexpr int span = STEP / GS / 8;
-  int sums[4];
-#pragma unroll
-  for (int d = 0; d < 4; ++d) {
-    sums[d] = __dp4a((int)first[d], 0x01010101, __dp4a((int)second[d], 0x10101010, 0));
-#pragma unroll
-    for (int o = 1; o < span; o *= 2) sums[d] += __shfl_xor_sync(~0u, sums[d], o);
-    sums[d] = KIND == 1 ? -sums[d] : MAGIC - 8 * sums[d];
-  }
-  if (!valid || i % span) return;
-  const int group = (i & 15) / span;
-#pragma unroll
-  for (int p = 0; p < 2; ++p) {
-    const int entry = GS == 1 ? p : GS == 2 ? group * 2 + p : GS == 4 ? p * 4 + group : (p * 2 + (group & 1)) * 4 + group / 2;
-    to_shared16(table + (i >> 4) * T_STEP + entry * 16, make_uint4(sums[2 * p], sums[2 * p + 1], sums[2 * p], sums[2 * p + 1]));
-  }
-#endif
-#endif
 }
 
 // The scales of a step for the sums of this thread, rows g and g + 8, and of the second half of its words.
@@ -355,9 +237,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) one(
         uint4 b[PASSES];
 #pragma unroll
         for (int j = h * tiles / HALVES; j < (h + 1) * tiles / HALVES; ++j) {
-          u32 a[4], more[4];
-          if (LOOKUP) values_of(words[0][j], a[0], a[2], more[0], more[2]), values_of(words[1][j], a[1], a[3], more[1], more[3]);
-          else if (FOUR) operands(words[0][j], a[0], a[2]), operands(words[1][j], a[1], a[3]);
+          u32 a[4];
+          if (FOUR) operands(words[0][j], a[0], a[2]), operands(words[1][j], a[1], a[3]);
           else a[0] = words[0][2 * j], a[1] = words[1][2 * j], a[2] = words[0][2 * j + 1], a[3] = words[1][2 * j + 1];
 #pragma unroll
           for (int p = 0; p < PASSES; ++p) {
@@ -376,7 +257,6 @@ extern "C" __global__ void __launch_bounds__(THREADS) one(
 #endif
               mma_int(sums[p], a, b0, b1, start);
             }
-            if (LOOKUP) mma_int(sums[p], more, b0, b1, sums[p]);
           }
         }
         if (!WHOLE)

@@ -13,7 +13,6 @@ from modelopt.torch.kernels.matmul import cuda, skinny, tables
 from modelopt.torch.kernels.matmul.locks import take
 from modelopt.torch.kernels.matmul.plan import Plan
 
-_LOOKUP = 0
 _FACTORS = {"i4": 0.0625, "u4": 0.0625, "e2m1": 64.0, "i8": 1.0, "e4m3": 1.0}  # values over what the tensor cores multiply
 _LONGEST = 1 << 16  # columns whose products with INT8 weights an int32 holds
 _HOLD = 8  # pieces of eight columns of x that a thread can hold
@@ -22,12 +21,12 @@ _HOLD = 8  # pieces of eight columns of x that a thread can hold
 @functools.cache
 def source() -> str:
     """Return the CUDA C++ source."""
-    return skinny.text("pieces.cu") + skinny.text("one.cu")
+    return skinny.text("pieces.cu") + skinny.text("digits.cu") + skinny.text("one.cu")
 
 
 def x_bytes(read: Plan, quantizer: tuple[int, int]) -> int:
     """Return the shared memory of one step of x, with what stands beside it. Names as in `one.cu`."""
-    floats, four, scaled = read.kind == "e4m3" or (read.kind == "e2m1" and not _LOOKUP), read.each == 32, read.scale != "none"
+    floats, four, scaled = read.kind in ("e2m1", "e4m3"), read.each == 32, read.scale != "none"
     groups = max(4 * read.each // read.group, 1) if scaled else 1
     digits = 1 if floats or (read.kind == "i8" and quantizer[0] == 2 and not scaled) else 4
     quads = (2 if four else 1) * (2 if floats else 1)
@@ -52,8 +51,7 @@ def planned(
         **skinny.constants(read, half, stype, s_row, quantizer, True, spans, k),
         **{"R": 1, "NT": 1, "WK": c.WK, "WR": c.WR, "S": c.S, "DEPTH": c.DEPTH},
         "SCALED": int(read.scale != "none"),
-        "FP4INT": _LOOKUP,
-        "FACTOR": f"{0.5 if read.kind == 'e2m1' and _LOOKUP else _FACTORS[read.kind]}f",
+        "FACTOR": f"{_FACTORS[read.kind]}f",
         "RAGGED": int(k % step > 0),
         "EVEN": int(all((e - b) % c.S == 0 for b, e in spans)),
         "HOLD": min(math.ceil(longest * step / 8 / threads), _HOLD),
@@ -70,34 +68,41 @@ def serves(read: Plan, capability: tuple[int, int]) -> bool:
     return capability >= (8, 9) or read.kind in ("i4", "u4", "i8")
 
 
+def _time(read: Plan, n: int, k: int, launch: skinny.Launch, c: tables.One, processors: int, memory: int) -> float:
+    """Return about how many microseconds a launch takes; the numbers reproduce the order of times measured on an H200."""
+    warps, mine = c.WK * c.WR, math.ceil(k / (4 * read.each)) / (c.WK * c.splits)
+    fit = min(memory // (launch.shared + 2048), 48 // warps, 20)
+    each = launch.grid[0] * c.splits / processors
+    blocks = each + fit / 2 if each > fit else math.ceil(each)  # of a multiprocessor
+    active = min(fit, math.ceil(each)) * warps
+    size = warps * math.ceil(mine) * blocks * (1 + 0.03 * (mine % c.S > 0) + 0.08 * (c.S == 1 and mine > 4))  # KB of W
+    under_way = size if mine <= c.S * c.DEPTH else active * c.S * c.DEPTH * (0.75 if c.DEPTH == 1 else 1.0)
+    unpack = size / active * {"e2m1": 0.25, "i4": 0.12, "u4": 0.12}.get(read.kind, 0.08)
+    order = blocks * math.ceil(k / 8 / c.splits / launch.block) * warps * (0.01 if read.kind in ("e2m1", "e4m3") else 0.03)
+    alone = each > 1 and fit == 1  # nothing goes on while the next block starts
+    flow = max(n * k / (2 if read.each == 32 else 1) / 4.5e6, size / (38 * min(1.0, under_way / 56)), unpack)
+    start = 0.8 + (math.ceil(each) - 1) * (1.5 if alone else 0.1 * warps) + 2.0 * (c.splits > 1)
+    return start + flow + 0.2 * unpack + order * (1.0 if alone else 0.5) + 0.02 * mine + 0.04 * active
+
+
 @functools.lru_cache(maxsize=4096)
 def choose(read: Plan, n: int, k: int, processors: int, memory: tuple[int, int]) -> tables.One | None:
-    """Return the configuration on a GPU with `memory` (a block's, a multiprocessor's shared bytes), or None."""
+    """Return the configuration on a GPU with `memory` (a block's, a multiprocessor's shared bytes), or None.
+
+    Blocks should fill the processors evenly, with enough of W under way; each brings x into its order anew.
+    """
     steps, stype = math.ceil(k / (4 * read.each)), skinny.type_of(read)
     found: list[tuple[float, tables.One]] = []
-    if k > _LONGEST:
-        return None
-    for wk, wr, splits in itertools.product(tables.ALONG_K, tables.ALONG_ROWS, (1, 2, 4, 8)):
-        warps, mine = wk * wr, steps / (wk * splits)
-        if not 4 <= warps <= 16 or mine < 1:
+    for wk, wr, splits in itertools.product(tables.ALONG_K, tables.ALONG_ROWS, (1, 2)):
+        mine = steps / (wk * splits)
+        if not 4 <= wk * wr <= 16 or mine < 1 or k > _LONGEST:
             continue
-        for stage, depth in tables.STAGES[4 if read.each == 32 else 8]:
-            if mine < stage * depth:
-                continue
+        for i, (stage, depth) in enumerate(tables.ONE_STAGES[read.kind]):
             c = tables.One(wk, wr, stage, depth, splits)
             launch = planned(read, n, k, False, stype, max(k // read.group, 1), (0, 0), c)
-            if launch.shared > memory[0] - 4096:
-                continue
-            fit = min(memory[1] // (launch.shared + 4096), 48 // warps, 20)
-            each = launch.grid[0] * splits / processors
-            rounds = math.ceil(each / fit)
-            even = each / math.ceil(each) if each <= fit else each / fit / rounds
-            active = min(fit, math.ceil(each)) * warps
-            score = even * min(1.0, active / 14) - 0.02 * math.ceil(each) - 0.001 * max(14 - active, (active - 14) / 4 - 1)
-            score *= mine / math.ceil(mine)
-            found.append((score - 0.5 * (splits > 1) - 0.1 * (rounds > 1) - 0.02 * (stage * depth < 4 or mine % stage > 0), c))
-            break
-    return max(found, key=lambda f: f[0])[1] if found else None
+            if math.ceil(mine) >= stage * depth and launch.shared <= memory[0] - 2048:
+                found.append((_time(read, n, k, launch, c, processors, memory[1]) + 0.01 * i, c))
+    return min(found, key=lambda f: f[0])[1] if found else None
 
 
 def product(

@@ -43,17 +43,11 @@ class One:
     splits: int = 1
 
 
-@dataclass(frozen=True)
-class One:
-    """`one.cu`: as `Skinny`, with one tile of rows a warp."""
-
-    WK: int
-    WR: int
-    S: int
-    DEPTH: int
-    splits: int = 1
-
-
+_LIGHT, _HEAVY, _BYTES = ((4, 2), (2, 2)), ((2, 2), (4, 2)), ((2, 3), (2, 2))
+ONE_STAGES = {  # (S, DEPTH) that `one.cu` prefers, by the codes
+    kind: (*first, (2, 1), (1, 2), (1, 1))
+    for kind, first in {"i4": _LIGHT, "u4": _LIGHT, "e2m1": _HEAVY, "i8": _BYTES, "e4m3": _BYTES}.items()
+}
 ALONG_K = (1, 2, 4, 7, 8, 14, 16)
 ALONG_ROWS = (1, 2, 4, 7, 8, 14)
 WARPS = {False: 14, True: 28}  # a multiprocessor's that hide the unpacking; True: scales meet the weights, twice the instructions
