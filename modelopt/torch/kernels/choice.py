@@ -47,10 +47,11 @@ def fast_module(op: str) -> ModuleType | None:
 
 
 def explain(x: Tensor, fmt: Format | str) -> dict[str, str]:
-    """Return for each op the kernel that would serve `x` in `fmt`: "triton", or "reference: " and the reason."""
+    """Return for each op the kernel that would serve `x` in `fmt`: "triton", "cuda", or "reference: " and the reason."""
     fmt = parse(fmt) if isinstance(fmt, str) else fmt
     answer = {}
     for op in OPS:
+        kernel = None
         if forced():
             reason: str | None = "MODELOPT_KERNELS=reference"
         elif not x.is_cuda:
@@ -58,5 +59,6 @@ def explain(x: Tensor, fmt: Format | str) -> dict[str, str]:
         else:
             kernel = _kernel(op)
             reason = "Triton is not installed" if kernel is None else kernel.why_not(x, fmt)
-        answer[op] = "triton" if reason is None else f"reference: {reason}"
+        name = getattr(kernel, "name_of", lambda *_: "triton")
+        answer[op] = name(x, fmt) if reason is None else f"reference: {reason}"
     return answer

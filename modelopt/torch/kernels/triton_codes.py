@@ -165,6 +165,33 @@ def top_bytes(a, b, c, d):
 
 
 @triton.jit
+def low_bytes(a, b, c, d):
+    """Return the lowest bytes of four int32 as one."""
+    if INTERPRETED:
+        four = (a & 0xFF) | ((b & 0xFF) << 8) | ((c & 0xFF) << 16) | (d << 24)
+    else:
+        four = tl.inline_asm_elementwise(
+            "{ .reg .b32 s, t; prmt.b32 s, $1, $2, 0x40; prmt.b32 t, $3, $4, 0x40; prmt.b32 $0, s, t, 0x5410; }",
+            "=r,r,r,r,r",
+            [a, b, c, d],
+            dtype=tl.int32,
+            is_pure=True,
+            pack=1,
+        )
+    return four
+
+
+@triton.jit
+def hidden(offset):
+    """Return `offset` (int64) so that the compiler does not know neighbours: it then keeps to a thread's own elements."""
+    if INTERPRETED:
+        same = offset
+    else:
+        same = tl.inline_asm_elementwise("mov.b64 $0, $1;", "=l,l", [offset], dtype=tl.int64, is_pure=True, pack=1)
+    return same
+
+
+@triton.jit
 def eight_signs(x, G: tl.constexpr, N: tl.constexpr):
     """Return the signs of every eight neighbours of float32 [G, 8 N] as the highest bits of eight 4-bit codes, int32 [G, N]."""
     s0, s1, s2, s3, s4, s5, s6, s7 = split_8(x.to(tl.int32, bitcast=True), G, N)
@@ -174,14 +201,34 @@ def eight_signs(x, G: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def store_packed(
-    out_ptr, start, codes, x, here, BITS: tl.constexpr, G: tl.constexpr, W: tl.constexpr, KIND: tl.constexpr, FLIP: tl.constexpr
+    out_ptr,
+    start,
+    codes,
+    x,
+    here,
+    BITS: tl.constexpr,
+    G: tl.constexpr,
+    W: tl.constexpr,
+    KIND: tl.constexpr,
+    FLIP: tl.constexpr,
+    WIDE: tl.constexpr = False,
 ):
     """Store codes [G, C, V], those that `encode` made of `x`, as a bit stream.
 
-    8 bits: `start` are the places of the bytes and `here` says which exist, [G, C, V]. 4 bits: the same of words of 8 codes,
-    [G, 1, W / 8]. 6 bits: the tile has no gaps, `start` is its first unit of 16 codes in 3 words, `here` the number of units.
+    8 bits: `start` are the places of the bytes and `here` says which exist, [G, C, V]; with WIDE and at 4 bits the same of
+    words of 8 codes, [G, 1, W / 8]. 6 bits: the tile has no gaps, `start` is its first unit of 16 codes in 3 words, `here` the
+    number of units.
     """
-    if BITS == 8:
+    if WIDE:  # 8 codes a store: as bytes, 16 neighbours would be exchanged between threads that read 8 values at once
+        c0, c1, c2, c3, c4, c5, c6, c7 = split_8(codes.to(tl.int32).reshape(G, W), G, W // 8)
+        low, high = low_bytes(c0, c1, c2, c3), low_bytes(c4, c5, c6, c7)
+        if FLIP:
+            low ^= -2139062144  # 0x80808080
+            high ^= -2139062144
+        word = (high.to(tl.int64) << 32) | (low.to(tl.int64) & 0xFFFFFFFF)
+        words = out_ptr.to(tl.pointer_type(tl.int64)) + hidden(tl.ravel(start))  # in one dimension, as below
+        tl.store(words, tl.ravel(word), mask=tl.ravel(here))
+    elif BITS == 8:
         if FLIP:
             codes ^= 128
         tl.store(out_ptr + start, codes.to(tl.uint8), mask=here)

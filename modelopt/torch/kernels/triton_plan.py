@@ -131,6 +131,8 @@ def shortened(plan: Layout, fmt: Format, found: bool, codes: bool = False) -> La
         return replace(plan, lanes=16)  # two roundings of a tile take many registers
     if plan.form == "flat" and plan.W == 16 and plan.count >= 2**20:
         return replace(plan, steps=NEIGHBOURS)
+    if found and plan.G == 1 and plan.W >= 8192:  # a whole row: few warps wait for each other
+        return replace(plan, lanes=min(plan.W // 128, 128))
     if codes and plan.G == 1 and plan.W >= 8192:
         return replace(plan, lanes=64)
     return plan

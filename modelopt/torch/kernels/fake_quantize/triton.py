@@ -15,6 +15,7 @@ from torch import Tensor
 
 from modelopt.numerics import Format, parse
 from modelopt.numerics import reference as law
+from modelopt.torch.kernels import subbyte
 from modelopt.torch.kernels import triton_plan as planning
 from modelopt.torch.kernels.amax import triton as amax_kernel
 from modelopt.torch.kernels.fake_quantize import reference
@@ -27,6 +28,11 @@ from modelopt.torch.kernels.triton_ranges import better_of_two, outer_scale, til
 def why_not(x: Tensor, fmt: Format) -> str | None:
     """Return why these kernels do not serve `x`, or None."""
     return planning.unlike(x, fmt)
+
+
+def name_of(x: Tensor, fmt: Format) -> str:
+    """Return which kernel serves `x`, "cuda" or "triton"."""
+    return "cuda" if subbyte.preferred(x, fmt, False) else "triton"
 
 
 @triton.jit(do_not_specialize=["n", "parts", "blocks", "inner", "block_0", "block_1", "grid_1"])
@@ -182,9 +188,11 @@ def _launch(
     if found is None:
         return None
     x = x.contiguous()
+    amax, global_amax, amin, given = found
+    if grad is None and rotate == 0 and not given and subbyte.preferred(x, fmt, False):
+        return subbyte.fake_quantize(x, fmt, amax, global_amax)
     like = x if grad is None else grad.contiguous()
     out = torch.empty_like(like, memory_format=torch.contiguous_format)
-    amax, global_amax, amin, given = found
     launch = _prepared(x.shape, x.dtype, like.dtype, x.device, fmt.text, amax is None, given, grad is not None, rotate)
     if launch is None:
         return None

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from modelopt.numerics import Format, packing, parse
 from modelopt.numerics import reference as law
+from modelopt.torch.kernels import subbyte
 from modelopt.torch.kernels import triton_plan as planning
 from modelopt.torch.kernels.amax import triton as amax_kernel
 from modelopt.torch.kernels.quantize import reference
@@ -31,6 +32,11 @@ _PIECE = 32  # packed codes: a thread has whole pieces, so that it stores 16 byt
 def why_not(x: Tensor, fmt: Format) -> str | None:
     """Return why this kernel does not serve `x`, or None."""
     return planning.unlike(x, fmt)
+
+
+def name_of(x: Tensor, fmt: Format) -> str:
+    """Return which kernel serves `x`, "cuda" or "triton"."""
+    return "cuda" if subbyte.preferred(x, fmt, True) else "triton"
 
 
 @triton.jit(do_not_specialize=["n", "parts", "blocks", "inner", "block_0", "block_1", "grid_1"])
@@ -141,7 +147,7 @@ def _quantize(
             pieces = (tl.program_id(0).to(tl.int64) * STEPS + step) * G
             store_packed(codes_ptr, pieces * (W // unit), codes, x, n * (W // unit), BITS, G, W, KIND, flip)
         elif PACK:
-            store_packed(codes_ptr, at + units, codes, x, there, BITS, G, W, KIND, flip)
+            store_packed(codes_ptr, at + units, codes, x, there, BITS, G, W, KIND, flip, unit == 8 and BITS == 8)
         else:
             if BITS < 8:
                 codes = one_per_byte(codes, x, KIND, BITS, flip)
@@ -193,11 +199,13 @@ def _launch(
     if found is None or found[-1]:
         return None
     amax, global_amax, amin, _ = found
+    x = x.contiguous()
+    if rotate == 0 and subbyte.preferred(x, fmt, True):
+        return subbyte.quantize(x, fmt, amax, global_amax)
     prepared = _prepared(x.shape, x.dtype, x.device, fmt.text, amax is None, rotate)
     if prepared is None:
         return None
     launch, pack, shape = prepared
-    x = x.contiguous()
     codes = torch.empty(shape, dtype=torch.uint8, device=x.device)
     stored, zeros = _scale_tensors(x, fmt, global_amax)
     raw = [t.view(torch.uint8) if t.dtype in (torch.float8_e4m3fn, torch.float8_e5m2) else t for t in (stored[0], zeros)]
@@ -227,7 +235,8 @@ def _prepared(
         return None
     plan = planning.shortened(plan, fmt, found, codes=True)
     last = planning.prefix(shape)[-1]
-    pack = last * bits % 8 == 0 and packs(plan, UNIT.get(bits)) and (bits != 6 or plan.form == "flat")
+    unit = 8 if plan.form == "columns" and bits == 8 and last % 8 == 0 else UNIT.get(bits)
+    pack = last * bits % 8 == 0 and packs(plan, unit) and (bits != 6 or plan.form == "flat")
     constants = {
         **plan.constants,
         **planning.scale_constants(fmt, device),
@@ -235,7 +244,7 @@ def _prepared(
         "ROTATE": rotate,
         "BITS": bits,
         "PACK": pack,
-        "UNIT": UNIT.get(bits, 1),
+        "UNIT": unit or 1,
         "I_BITS": fmt.scale.element.bits if isinstance(fmt.scale, Format) else 8,
     }
     width = last * bits // 8 if pack else last

@@ -1,0 +1,143 @@
+// What the kernels for float16 and bfloat16 share: two neighbours in a word, and the largest magnitude of a thread's values.
+// Constants: F16 or BF16; EACH values of a thread, SHARE threads of a block; MOST, the element's largest value; AHEAD (the next
+// piece is copied to shared memory while this one is worked on, two buffers for each thread).
+
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+#define WORDS (EACH / 2)
+#define VECTORS (EACH / 8)
+#define INFINITE 0x7f800000u
+
+#ifdef BF16
+#define TYPE "bf16x2"
+#define HALF_INFINITE 0x7f80u
+#else
+#define TYPE "f16x2"
+#define HALF_INFINITE 0x7c00u
+#endif
+
+__device__ __forceinline__ u32 pick(u32 mask, u32 a, u32 b) { return (mask & a) | (~mask & b); }
+
+__device__ __forceinline__ u32 bytes(u32 a, u32 b, u32 which) {
+    u32 d;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(which));
+    return d;
+}
+
+__device__ __forceinline__ u32 above(u32 a, u32 b) {  // ones in each half of a that is larger than that of b
+    u32 d;
+    asm("set.gt.u32." TYPE " %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    return d;
+}
+
+__device__ __forceinline__ u32 not_a_number(u32 a) {
+    u32 d;
+    asm("set.nan.u32." TYPE " %0, %1, %1;" : "=r"(d) : "r"(a));
+    return d;
+}
+
+__device__ __forceinline__ u32 magnitude(u32 a) {
+    u32 d;
+    asm("abs." TYPE " %0, %1;" : "=r"(d) : "r"(a));
+    return d;
+}
+
+__device__ __forceinline__ u32 larger(u32 a, u32 b) {  // NaN wins
+    u32 d;
+    asm("max.NaN." TYPE " %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    return d;
+}
+
+__device__ __forceinline__ u32 halves(float low, float high) {
+    u32 d;
+    asm("cvt.rn." TYPE ".f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+    return d;
+}
+
+__device__ __forceinline__ u32 cut(float x) {  // toward zero, in both halves
+    u32 d;
+    asm("cvt.rz." TYPE ".f32 %0, %1, %1;" : "=r"(d) : "f"(x));
+    return d;
+}
+
+__device__ __forceinline__ float widen(u32 half) {
+#ifdef BF16
+    return __uint_as_float(half << 16);
+#else
+    float f;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"((unsigned short)half));
+    return f;
+#endif
+}
+
+__device__ __forceinline__ float low_of(u32 pair) { return widen(pair & 0xffffu); }
+
+__device__ __forceinline__ float high_of(u32 pair) {
+#ifdef BF16
+    return __uint_as_float(pair & 0xffff0000u);
+#else
+    return widen(pair >> 16);
+#endif
+}
+
+__device__ __forceinline__ float largest_of(const u32* w) {
+    u32 most = magnitude(w[0]);
+#pragma unroll
+    for (int i = 1; i < WORDS; i++) most = larger(most, magnitude(w[i]));
+    most = larger(most, bytes(most, most, 0x1032));
+#if SHARE > 1
+#pragma unroll
+    for (int i = 1; i < SHARE; i *= 2) most = larger(most, __shfl_xor_sync(0xffffffffu, most, i));
+#endif
+    return widen(most & 0xffffu);
+}
+
+__device__ __forceinline__ bool any_nan(const u32* w) {
+    u32 most = w[0];
+#pragma unroll
+    for (int i = 1; i < WORDS; i++) most = larger(most, w[i]);
+    return not_a_number(most);
+}
+
+// amax / MOST, correctly rounded: MOST is a small integer over a power of two, so no quotient lies near a middle.
+__device__ __forceinline__ float over_most(float amax) {
+    if (MOST == 1.0f) return amax;
+    const float inverse = 1.0f / MOST, rest = (float)(1.0 / MOST - (double)inverse);
+    const bool calm = amax > 0x1p-60f && amax < 0x1p60f;
+    return calm ? __fmaf_rn(amax, inverse, __fmul_rn(amax, rest)) : __fdiv_rn(amax, MOST);
+}
+
+__device__ __forceinline__ void load(u32* w, const uint4* x, u32 piece, u32 pieces) {
+#pragma unroll
+    for (int i = 0; i < VECTORS; i++) {
+        const uint4 v = piece < pieces ? __ldg(x + (u64)piece * VECTORS + i) : make_uint4(0, 0, 0, 0);
+        w[4 * i] = v.x, w[4 * i + 1] = v.y, w[4 * i + 2] = v.z, w[4 * i + 3] = v.w;
+    }
+}
+
+// Vectors lie in shared memory so that neither 32 neighbours nor the vectors of a thread meet in a bank.
+__device__ __forceinline__ u32 place(u32 vector) { return vector ^ ((vector >> 3) & (VECTORS - 1)); }
+
+// Start copying a warp's next vectors to shared memory: neighbouring threads take neighbouring ones; `piece` has this thread's first.
+__device__ __forceinline__ void fetch(uint4* to, const uint4* from, u32 piece, u32 pieces) {
+    u32 at;
+    asm("{ .reg .u64 v; cvta.to.shared.u64 v, %1; cvt.u32.u64 %0, v; }" : "=r"(at) : "l"(to + place(threadIdx.x % 32)));
+#pragma unroll
+    for (u32 i = 0; i < VECTORS; i++)
+        if (piece + i * (32 / VECTORS) < pieces)
+            asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at + 512 * i), "l"(from + 32 * i) : "memory");
+    asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+// Wait for all copies but the latest and read the words of this thread's piece.
+__device__ __forceinline__ void take(u32* w, const uint4* from) {
+    asm volatile("cp.async.wait_group 1;" ::: "memory");
+    __syncwarp();
+#pragma unroll
+    for (u32 i = 0; i < VECTORS; i++) {
+        const uint4 v = from[place(threadIdx.x % 32 * VECTORS + i)];
+        w[4 * i] = v.x, w[4 * i + 1] = v.y, w[4 * i + 2] = v.z, w[4 * i + 3] = v.w;
+    }
+    __syncwarp();
+}
