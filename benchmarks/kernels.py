@@ -121,6 +121,8 @@ def size(tensors: Any) -> int:
 
 HADAMARD = (16, 64, 128, 256, 1024, 4096, 16384)
 HADAMARD_WIDTHS = (12288, 5120, 14336)  # 12, 20 and 28 times a power of two
+OPS = ("fake_quantize", "quantize", "dequantize", "clipped_gradient", "amax")
+ROTATED_OPS = ("rotated_fake_quantize", "rotated_quantize")
 ROTATED = {"NVFP4 dynamic": 16, "MXFP4": 32, "INT4 block 128": 128, "FP8 per token dynamic": 256}
 
 
@@ -152,7 +154,8 @@ def measure(n: int, only: str, roof: dict[str, float]) -> list[dict[str, Any]]:
     copies = max(1, min(8, 2**28 // (n * n)))
     xs = [torch.randn(n, n, device="cuda", dtype=torch.bfloat16) for _ in range(copies)]
     for name, text in FORMATS.items():
-        measure_format(table, name, text, xs)
+        if any(only in op for op in (*OPS, *(ROTATED_OPS if name in ROTATED else ()))):
+            measure_format(table, name, text, xs)
     measure_hadamard(table, xs)
     moved = xs[0].nbytes
     limit = kernels.amax(xs[0], "i8[...]*f32")
