@@ -38,7 +38,7 @@ def family(fmt: Format) -> str | None:
 
 
 def faster(fmt: Format, codes: bool) -> bool:
-    """Return whether the kernel for `fmt` is faster than Triton's: measured on an H200 (six bits: by its number of instructions)."""
+    """Return whether the kernel for `fmt` is faster than Triton's, as measured on an H200 (six bits: as counted)."""
     return codes or (fmt.element.name == "e2m1" and isinstance(fmt.scale, Format) and not fmt.dynamic)
 
 
