@@ -22,7 +22,7 @@ def why_not(x: Tensor) -> str | None:
     return skinny.why_not(x)
 
 
-def _wgmma(tiles: int, half: bool) -> str:
+def wgmma(tiles: int, half: bool) -> str:
     """Return the device function of m64nNk16 with A in registers, for N = 8 `tiles`."""
     count, types = 4 * tiles, "f16.f16" if half else "bf16.bf16"
     sums = ", ".join(f"%{i}" for i in range(count))
@@ -39,7 +39,7 @@ def _wgmma(tiles: int, half: bool) -> str:
 @functools.cache
 def source(tiles: int, half: bool) -> str:
     """Return the CUDA C++ source of the product for 8 `tiles` rows of x a block."""
-    return skinny.text("pieces.cu") + _wgmma(tiles, half) + skinny.text("broad.cu")
+    return skinny.text("pieces.cu") + wgmma(tiles, half) + skinny.text("broad.cu")
 
 
 @dataclass(frozen=True)

@@ -54,6 +54,8 @@ def plan(fmt: Format, n: int, k: int) -> Plan | str:
         if fmt.scale.name == "e4m3":
             return f"{fmt}: e4m3 scales need a scale of their own"
     fits = 2 * group == each or (group % each == 0 and (group % (4 * each) == 0 or (4 * each) % group == 0))
+    if kind == "u4" and group < each:
+        return f"blocks of {group} columns with zero points are less than the {each} of a thread"
     if k % group or not fits:
         return f"blocks of {group} columns do not divide a step of {4 * each}"
     return Plan(kind, scale, group, rows, each, post, factor, ragged)

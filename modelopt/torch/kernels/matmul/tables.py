@@ -60,22 +60,25 @@ STAGES = {  # (S, DEPTH) to try in this order, by the bits of a code; 0: more th
 
 @dataclass(frozen=True)
 class Tens:
-    """`tens.cu`: blocks of WARPS tiles of 16 rows of W, and 8 NT rows of x.
+    """`tens.cu`: blocks of 64 GROUPS rows of W and 8 NT of x, which hold all of their columns of x.
 
-    K is dealt to `cluster` blocks that share memory and `splits` of those. UNITS x DEPTH units of 128 columns of W are under way,
-    SLOTS of x (0: all at once). `sync`: warps multiply by themselves (mma), not four at a time (wgmma); `sums`: see Skinny.
+    K is dealt to `cluster` blocks that share memory, and to `splits` of those; UNITS x DEPTH units of 128 columns of W are under
+    way. `sums`: see Skinny.
     """
 
     NT: int
-    WARPS: int
+    GROUPS: int
     UNITS: int
     DEPTH: int
     cluster: int = 1
     splits: int = 1
-    SLOTS: int = 0
-    sync: bool = True
     sums: bool = True
-    abl: int = 0
+
+
+TENS_TILES = 2  # NT up to which `tens.cu` serves; with more the columns of x take longer than a launch that prepares them
+UNIT_COST = {4: 0.45, 2: 0.3, 1: 0.25}  # about the microseconds of a unit, by GROUPS
+ADDING = {0: 2.5, 1: 0.0, 2: 1.2}  # about those of adding up the parts of K, by their number (0: any other)
+RINGS = {4: ((2, 3), (2, 2), (1, 2)), 8: ((1, 4), (1, 3), (1, 2))}  # (UNITS, DEPTH) to try in this order, by the bits of a code
 
 
 @dataclass(frozen=True)

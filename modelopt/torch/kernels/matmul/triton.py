@@ -1,7 +1,7 @@
 """quantized_linear on a GPU: which of the kernels multiplies, with what constants.
 
     few          `one.cu` and `skinny.cu`: a handful of rows, every weight read once   compute capability 8 and above
-    tens         `broad.cu`: weights unpacked in registers, wgmma                  compute capability 9
+    tens         `tens.cu` (to 16 rows) and `broad.cu`: unpacked in registers, wgmma   compute capability 9
     fp8, int8    codes times codes: torch._scaled_mm, `triton_codes`               8.9 and 9
     dequantize   the weight is dequantized once, then torch's product              everything else, every dtype
 
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from modelopt.numerics import Format, parse
 from modelopt.torch.kernels.dequantize import dequantize
 from modelopt.torch.kernels.fake_quantize import fake_quantize
-from modelopt.torch.kernels.matmul import broad, one, skinny, tables
+from modelopt.torch.kernels.matmul import broad, one, skinny, tables, tens
 from modelopt.torch.kernels.matmul.plan import Plan, pair, plan
 from modelopt.torch.kernels.quantize import quantize
 
@@ -130,9 +130,12 @@ def _packed(
         if isinstance(few, tables.One):
             return one.product(x, weight[0], scales, zeros, post, bias, n, read, few, quantizer, amax)
         return skinny.product(x, weight[0], scales, zeros, post, bias, n, read, few, quantizer, amax)
-    tens = _tens(read, m, n, k, x.device)
-    assert tens is not None
-    return broad.product(x, weight[0], scales, zeros, post, bias, n, read, tens, quantizer, amax)
+    alone = tens.choose(read, m, n, k, skinny.processors(x.device), skinny.memory(x.device)) if quantizer == (0, 0) else None
+    if alone is not None:
+        return tens.product(x, weight[0], scales, zeros, post, bias, n, read, alone)
+    wide = _tens(read, m, n, k, x.device)
+    assert wide is not None
+    return broad.product(x, weight[0], scales, zeros, post, bias, n, read, wide, quantizer, amax)
 
 
 def _codes(

@@ -1,0 +1,337 @@
+// y = x W^T + b for a packed W and up to some tens of rows of x, in one launch: each block brings its own columns of x (Hopper).
+//
+//     legend  as in `skinny.cu`; a unit is 128 columns; a block has 64 GROUPS rows of W, 8 NT rows of x and a part of K
+//
+// SPLITS blocks, a cluster, share the rows and deal K: each takes only its own columns of x into shared memory, and at the end they add
+// their sums through distributed shared memory, each its share, always in one order; more parts (gridDim.y) are added through global
+// memory. A warp streams its 16 rows of W through its own ring, as in `skinny.cu`; its words, unpacked, are A fragments of
+// wgmma.m64nNk16 once the columns are renumbered, which is done to x on its way into shared memory.
+//
+// CHUNKED: thread t of a quad has word t of each 16 bytes, so that 32 columns, a block of scales, are multiplied by two wgmma.
+
+#define WARPS (4 * GROUPS)
+#define THREADS (32 * WARPS)
+#define STEPS (FOUR ? 1 : 2)          // of the codes in a unit
+#define W_STAGE (UNITS * STEPS * 1024)  // bytes of a warp
+#define LEADING (NT * 128 + 16)       // bytes from 8 columns of x to the next 8; the 16 spread stores over the banks
+#define X_UNIT (16 * LEADING)
+#define QUADS (2 * NT)                // of rows of x
+#define BUFFERS (SCALED != 1 || G % 128 == 0 ? 1 : G < 128 ? 128 / G : 2)  // blocks of scales in a unit
+
+#if SPLITS > 1
+#define CLUSTERED __cluster_dims__(SPLITS, 1, 1)
+#else
+#define CLUSTERED
+#endif
+
+__device__ __forceinline__ u64 described(u32 at) {  // 8 x 16 bytes are contiguous; then rows, then columns
+  return (u64)(at >> 4 & 0x3FFF) | (u64)(LEADING >> 4) << 16 | (u64)(128 >> 4) << 32;
+}
+
+__device__ __forceinline__ void all_blocks() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// Sums may be read only behind a wait for them, which the compiler does not know.
+template <int COUNT> __device__ __forceinline__ void settled(float (&v)[COUNT]) {
+#pragma unroll
+  for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(v[i])::"memory");
+}
+
+__device__ __forceinline__ float4 remote(u32 at, int rank) {
+  float4 v;
+  asm volatile("{ .reg .u32 a; mapa.shared::cluster.u32 a, %4, %5; ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [a]; }"
+      : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(at), "r"(rank) : "memory");
+  return v;
+}
+
+__device__ __forceinline__ uint4 four_chunks(u32 from) {  // word t of row g of four 8 x 16 byte matrices
+  uint4 v;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(from) : "memory");
+  return v;
+}
+
+// Add the parts of K of a warp's sums: each block of a column writes its own, the last one to arrive adds them in order and has them.
+template <int TILES> __device__ __forceinline__ bool added(float4 (&v)[TILES], float4* parts, int* lock, int split, int splits, int lane) {
+  float4* at = parts + lane;
+#pragma unroll
+  for (int i = 0; i < TILES; ++i) __stcg(at + (split * TILES + i) * 32, v[i]);
+  __threadfence();
+  __syncwarp();
+  int arrived = 0;
+  if (lane == 0) arrived = atomicAdd(lock, 1);
+  if (__shfl_sync(~0u, arrived, 0) != splits - 1) return false;
+  __threadfence();
+  if (lane == 0) *lock = 0;
+#pragma unroll
+  for (int i = 0; i < TILES; ++i) v[i] = make_float4(0, 0, 0, 0);
+#pragma unroll 2
+  for (int p = 0; p < splits; ++p)
+#pragma unroll
+    for (int i = 0; i < TILES; ++i) {
+      const float4 other = __ldcg(at + (p * TILES + i) * 32);
+      v[i].x += other.x, v[i].y += other.y, v[i].z += other.z, v[i].w += other.w;
+    }
+  return true;
+}
+
+// Scale the sums of 16 rows of W and 8 of x, add the bias, and store two neighbours of a row of y at once.
+__device__ __forceinline__ void store_tile(float4 v, const Ends& ends, int row0, int m0, int M, int N, u16* y, int lane) {
+  const int g = lane >> 2, t = lane & 3;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const float factor = ends.factor[0][h], offset = ends.offset[0][h];
+    u32 two = pack2((h ? v.z : v.x) * factor + offset, (h ? v.w : v.y) * factor + offset);
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %0;" : "+r"(two));
+    const int m = m0 + g, at = row0 + 8 * h + 2 * t;
+    u16* to = y + (u64)m * N + at;
+    if (m >= M) continue;
+    if (N % 2 == 0 && at < N) *(u32*)to = two;
+    else {
+      if (at < N) to[0] = two & 0xFFFF;
+      if (at + 1 < N) to[1] = two >> 16;
+    }
+  }
+}
+
+extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1) tens(
+    const __grid_constant__ Map map, const uint4* __restrict__ x, const u8* __restrict__ s, const u8* __restrict__ z,
+    const float* __restrict__ post, const u16* __restrict__ bias, u16* __restrict__ y,
+    float4* __restrict__ parts, int* __restrict__ locks, int M, int N, int K, int s_row, int s_bytes) {
+  extern __shared__ __align__(1024) uint4 memory[];
+  __shared__ u64 barriers[WARPS * DEPTH];
+  const int thread = threadIdx.x, lane = thread & 31, warp = thread >> 5, g = lane >> 2, t = lane & 3;
+  const int units = (K + 127) / 128, rank = blockIdx.x % SPLITS, splits = SPLITS * gridDim.y, split = blockIdx.y * SPLITS + rank;
+  const int first = split * units / splits, last = (split + 1) * units / splits, count = last - first;
+  const int block_row0 = blockIdx.x / SPLITS * (64 * GROUPS), row0 = block_row0 + 16 * warp, m0 = blockIdx.z * (8 * NT);
+  const u32 base = address(memory), ring = base + warp * (DEPTH * W_STAGE), xs = base + WARPS * DEPTH * W_STAGE;
+  const u32 ss = xs + MOST * X_UNIT + warp * s_bytes, barrier = address(barriers) + warp * (8 * DEPTH);
+  if (thread == 0) asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+  if (lane < DEPTH) asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(barrier + lane * 8) : "memory");
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+  __syncwarp();
+
+  // A task is 4 rows of x in one unit; a thread has two chunks of 8 columns of a row. The first loads go ahead of those of W.
+  uint4 held[4][2];
+  const int half = lane & 1, quad_row = lane >> 1 & 3, j = lane >> 3;
+  const int chunk0 = !FOUR ? j / 2 * 8 + half * 4 + j % 2 : CHUNKED ? 4 * j + 2 * half : 8 * half + j;
+  constexpr int chunk_step = !FOUR ? 2 : CHUNKED ? 1 : 4;
+  auto load_x = [&](int task, int end, uint4 (&v)[2]) {
+    const int unit = task / QUADS, m = m0 + task % QUADS * 4 + quad_row;
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const int at = (first + unit) * 16 + chunk0 + e * chunk_step;
+      v[e] = task < end && m < M && (FOUR || at < K / 8) ? x[(u64)m * (K / 8) + at] : make_uint4(0, 0, 0, 0);
+    }
+  };
+  auto store_x = [&](int quad, u32 unit_at, const uint4 (&v)[2]) {
+    const int m = quad * 4 + quad_row;
+    u32 pairs[4][2];
+#pragma unroll
+    for (int e = 0; e < 2; ++e) {
+      const u32 a = v[e].x, b = v[e].y, c = v[e].z, d = v[e].w;
+      pairs[0][e] = FOUR ? prmt(a, c, 0x5410) : prmt(a, b, 0x5410), pairs[1][e] = FOUR ? prmt(a, c, 0x7632) : prmt(a, b, 0x7632);
+      pairs[2][e] = FOUR ? prmt(b, d, 0x5410) : prmt(c, d, 0x5410), pairs[3][e] = FOUR ? prmt(b, d, 0x7632) : prmt(c, d, 0x7632);
+    }
+    const u32 to = unit_at + 4 * j * LEADING + m * 16 + half * 8;
+#pragma unroll
+    for (int p = 0; p < 4; ++p) asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(to + p * LEADING), "r"(pairs[p][0]), "r"(pairs[p][1]) : "memory");
+  };
+  const int all = count * QUADS;
+#pragma unroll
+  for (int u = 0; u < 4; ++u) load_x(warp + u * WARPS, all, held[u]);
+  const int part = rank * WARPS + warp, out_row0 = block_row0 + part / SPLITS * 16;  // of the cluster's sums
+  const Ends ends = ends_of(out_row0, N, post, bias, lane);
+
+  const int step0 = first * STEPS, step_end = min(last * STEPS, K / STEP);
+  const int groups = SCALED ? ((step_end * STEP - 1) / G - step0 * STEP / G + 1) : 0, group0 = step0 * STEP / G;
+  const int stride = (groups * SBYTES + 15 & ~15 | 16), z_stride = (groups + 15 & ~15 | 16);
+#if SCALED
+  copy_rows<SVECTOR>(ss, stride, s + group0 * SBYTES, (u64)s_row * SBYTES, groups * SBYTES, row0, N, lane);
+#if KIND == 1
+  copy_rows<ZVECTOR>(ss + 16 * stride, z_stride, z + group0, s_row, groups, row0, N, lane);
+#endif
+  commit();
+#endif
+  auto fetch = [&](int stage, int slot) {
+    if (stage * UNITS < count && lane == 0) {
+      arm(barrier + slot * 8, W_STAGE);
+      bulk_copy(ring + slot * W_STAGE, &map, row0, step0 + stage * UNITS * STEPS, barrier + slot * 8);
+    }
+  };
+#pragma unroll
+  for (int i = 0; i < DEPTH; ++i) fetch(i, i);
+
+  for (int task = warp;;) {
+#pragma unroll
+    for (int u = 0; u < 4; ++u)
+      if (task + u * WARPS < all) store_x((task + u * WARPS) % QUADS, xs + (task + u * WARPS) / QUADS * X_UNIT, held[u]);
+    task += 4 * WARPS;
+    if (task >= all) break;
+#pragma unroll
+    for (int u = 0; u < 4; ++u) load_x(task + u * WARPS, all, held[u]);
+  }
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  if (SCALED) wait<0>();
+  __syncthreads();
+
+  float acc[NT * 4] = {};
+  float sums[BUFFERS][NT * 4];
+  float by_sum[BUFFERS][2] = {};
+  u32 a[2][4][4];
+  uint4 words[2];
+
+  auto settle = [&]() {
+#if SCALED == 1
+#pragma unroll
+    for (int q = 0; q < BUFFERS; ++q) settled(sums[q]);
+#else
+    settled(acc);
+#endif
+  };
+  auto add_sums = [&]() {
+    settle();
+#if SCALED == 1
+#pragma unroll
+    for (int q = 0; q < BUFFERS; ++q)
+#pragma unroll
+      for (int i = 0; i < NT * 4; ++i) acc[i] = fmaf(sums[q][i], by_sum[q][i / 2 % 2], acc[i]);
+#endif
+  };
+  auto load_words = [&](u32 from) {
+    if (CHUNKED) {
+      const int row = lane & 7;
+      words[0] = four_chunks(from + row * 64 + ((lane >> 3 ^ row >> 1) << 4));
+      words[1] = four_chunks(from + 512 + row * 64 + ((lane >> 3 ^ row >> 1) << 4));
+    } else {
+      words[0] = memory[(from - base) / 16 + lane], words[1] = memory[(from - base) / 16 + 32 + lane];
+    }
+  };
+  // The 4 blocks of 16 columns of a half of unit i, as A fragments.
+  auto unpack = [&](int i, int piece, u32 (&to)[4][4]) {
+    const int step = min(step0 + i * STEPS + (FOUR ? 0 : piece), step_end - 1);
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int row = 8 * h + g;
+      const u32 all_words[4] = {words[h].x, words[h].y, words[h].z, words[h].w};
+      uint2 f = {};
+      u32 minus = 0;
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        const int chunk = FOUR ? 2 * piece + c : c;
+        if (SCALED && (c == 0 || (CHUNKED && G < 64) || (!FOUR && G < EACH))) {
+          const int column = CHUNKED ? chunk * 32 : SCALED == 1 ? 0 : t * EACH + (G < EACH && chunk >= CHUNKS / 2 ? G : 0);
+          const int group = (step * STEP + column) / G - group0;
+#if SCALED == 2
+          f = scale_pair(scale_value(ss + row * stride + group * SBYTES));
+#endif
+#if KIND == 1
+          minus = ((const u8*)memory)[ss - base + 16 * stride + row * z_stride + group] * 0x10001u | (HALF ? 0xE400E400u : 0xC300C300u);
+#endif
+        }
+        constexpr bool keep = SCALED == 2 && STYPE == 3;
+        const u32 v0 = all_words[FOUR ? chunk : 2 * c], v1 = all_words[FOUR ? chunk : 2 * c + 1];
+        to[2 * c][h] = scaled(pair<0, keep>(v0, minus), f);
+        to[2 * c][2 + h] = scaled(pair<1, keep>(v0, minus), f);
+        to[2 * c + 1][h] = scaled(pair<FOUR ? 2 : 0, keep>(v1, minus), f);
+        to[2 * c + 1][2 + h] = scaled(pair<FOUR ? 3 : 1, keep>(v1, minus), f);
+      }
+    }
+#pragma unroll
+    for (int k = 0; k < 4; ++k) asm volatile("" : "+r"(to[k][0]), "+r"(to[k][1]), "+r"(to[k][2]), "+r"(to[k][3]));  // now, not behind a wait
+  };
+  auto multiply = [&](int piece, u32 slot_at, u32 (&from)[4][4]) {
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+    const u64 b = described(slot_at + piece * (8 * LEADING));
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+#if SCALED == 1
+      const int block = piece * 4 + k, q = block * BUFFERS / 8;
+      wgmma(sums[q], from[k], b + k * (2 * LEADING >> 4), block % (8 / BUFFERS) > 0);
+#else
+      wgmma(acc, from[k], b + k * (2 * LEADING >> 4), 1);
+#endif
+    }
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+  };
+
+  int slot = 0, phase = 0;
+  u32 x_at = xs;
+  const u32 s_at = ss + g * stride;
+  auto work = [&](int i, u32 from) {
+    load_words(from);
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(SCALED != 1) : "memory");
+    unpack(i, 0, a[0]);
+#if SCALED == 1
+    if (i > 0) add_sums();
+#pragma unroll
+    for (int q = 0; q < BUFFERS; ++q)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int group = G == STEP ? i : ((step0 + i * STEPS) * STEP + q * (128 / BUFFERS)) / G - group0;
+        by_sum[q][h] = scale_value(s_at + 8 * h * stride + group * SBYTES);
+      }
+#endif
+    multiply(0, x_at, a[0]);
+    if (!FOUR) load_words(from + 1024);
+    if (SCALED != 1) asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
+    unpack(i, 1, a[1]);
+    multiply(1, x_at, a[1]);
+    x_at += X_UNIT;
+  };
+  int i = 0;
+#pragma unroll 1
+  for (; i + UNITS <= count; i += UNITS) {
+    wait_for(barrier + slot * 8, phase);
+#pragma unroll
+    for (int in = 0; in < UNITS; ++in) work(i + in, ring + slot * W_STAGE + in * (STEPS * 1024));
+    __syncwarp();
+    fetch(i / UNITS + DEPTH, slot);
+    if (++slot == DEPTH) slot = 0, phase ^= 1;
+  }
+  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+  settle();
+  if (i < count) {  // a part of a stage
+    wait_for(barrier + slot * 8, phase);
+#pragma unroll 1
+    for (u32 from = ring + slot * W_STAGE; i < count; ++i, from += STEPS * 1024) work(i, from);
+  }
+  asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
+  add_sums();
+
+  constexpr int mine = (NT + SPLITS - 1) / SPLITS;  // tiles of 16 x 8 sums that this warp ends up with: every SPLITS-th of 16 rows
+  float4 v[mine];
+  const int n0 = part % SPLITS;
+#pragma unroll
+  for (int i = 0; i < mine; ++i) v[i] = make_float4(acc[4 * i], acc[4 * i + 1], acc[4 * i + 2], acc[4 * i + 3]);
+  if (SPLITS > 1) {
+    const u32 to = base + lane * 16;
+    __syncthreads();
+#pragma unroll
+    for (int n = 0; n < NT; ++n)
+      to_shared16(to + (warp * NT + n) * 512, make_uint4(__float_as_uint(acc[4 * n]), __float_as_uint(acc[4 * n + 1]), __float_as_uint(acc[4 * n + 2]), __float_as_uint(acc[4 * n + 3])));
+    all_blocks();
+#pragma unroll
+    for (int i = 0; i < mine; ++i) {
+      v[i] = make_float4(0, 0, 0, 0);
+#pragma unroll
+      for (int r = 0; r < SPLITS; ++r) {
+        const float4 p = remote(to + (part / SPLITS * NT + min(i * SPLITS + n0, NT - 1)) * 512, r);
+        v[i].x += p.x, v[i].y += p.y, v[i].z += p.z, v[i].w += p.w;
+      }
+    }
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+  }
+  const int tile = (blockIdx.z * gridDim.x + blockIdx.x) * WARPS + warp;
+  if (gridDim.y == 1 || added<mine>(v, parts + (u64)tile * gridDim.y * (mine * 32), locks + tile, blockIdx.y, gridDim.y, lane)) {
+#pragma unroll
+    for (int i = 0; i < mine; ++i) {
+      const int n = i * SPLITS + n0;
+      if (n >= NT) break;
+      store_tile(v[i], ends, out_row0, m0 + n * 8, M, N, y, lane);
+    }
+  }
+  if (SPLITS > 1) asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
