@@ -270,7 +270,8 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1) tens(
     for (int q = 0; q < BUFFERS; ++q)
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const int group = G == STEP ? i : ((step0 + i * STEPS) * STEP + q * (128 / BUFFERS)) / G - group0;
+        const int at = G == STEP && FOUR ? i : ((step0 + i * STEPS) * STEP + q * (128 / BUFFERS)) / G - group0;
+        const int group = FOUR ? at : min(at, groups - 1);  // half a unit may lie behind the last column
         by_sum[q][h] = scale_value(s_at + 8 * h * stride + group * SBYTES);
       }
 #endif
