@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from modelopt.numerics import Format, parse
-from modelopt.torch.kernels import triton_plan as planning
 from modelopt.torch.kernels.matmul import cuda
 from modelopt.torch.kernels.subbyte.constants import THREADS, TYPES, family, faster, of_nibbles, of_sixes
 
@@ -32,6 +31,8 @@ def _unlike(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, te
         return f"no kernel of two values to an instruction for {fmt}"
     if dtype not in TYPES:
         return f"the tensor is {dtype}; the kernels take float16 and bfloat16"
+    from modelopt.torch.kernels import triton_plan as planning  # needs Triton, which the sources do not
+
     plan = planning.layout(shape, fmt.block.sizes(shape) if shape else (), True)
     if isinstance(plan, str) or plan.form != "flat" or plan.block not in _BLOCKS[served == "sixes" :]:
         return "blocks are not neighbours in whole numbers of 16 (six bits: 32), 32, 64, ... 512"
@@ -97,10 +98,11 @@ def _prepared(
     shared = 2 * int(options["EACH"]) * THREADS * buffers
     count = math.prod(shape) // int(options["EACH"])
     most = torch.cuda.get_device_properties(device).multi_processor_count * int(options["RESIDENT"])
-    kernel = cuda.compiled(_text("halves.cu") + _text(f"{name}.cu"), str(name), given, device)
+    kernel = cuda.compiled(source(str(name)), str(name), given, device)
     return kernel, count, min(-(-count // THREADS), most), shared
 
 
 @functools.cache
-def _text(name: str) -> str:
-    return pathlib.Path(__file__).with_name(name).read_text()
+def source(name: str) -> str:
+    """Return the source of a kernel, "nibbles" or "sixes"."""
+    return "".join(pathlib.Path(__file__).with_name(f"{part}.cu").read_text() for part in ("words", "halves", name))

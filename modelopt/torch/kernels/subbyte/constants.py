@@ -16,7 +16,7 @@ import struct
 import torch
 
 from modelopt.numerics import Element, Format
-from modelopt.torch.kernels import triton_plan as planning
+from modelopt.numerics.reference import FOUR_OVER_SIX_TOP
 
 Definitions = tuple[tuple[str, str], ...]
 TYPES = {torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -55,7 +55,7 @@ def of_nibbles(fmt: Format, dtype: torch.dtype, found: bool, codes: bool, block:
             "CODES": int(codes),
             "TWO": int(isinstance(fmt.scale, Format)),
             "SIX": int(six),
-            "TOP": _literal(planning.scale_constants(fmt, torch.device("cpu"))["TOP"]),
+            "TOP": _literal(_top(fmt)),
             "COUNT": len(edges),
             "BORDER": _list([_literal(b) for b, _, _, _ in edges]),
             "STEP": _list([_literal(h) for _, h, _, _ in edges]),
@@ -80,6 +80,14 @@ def of_sixes(fmt: Format, dtype: torch.dtype, found: bool, block: int) -> Defini
             "ENDS": int(not (found and fmt.rule == "up")),
         }
     )
+
+
+def _top(fmt: Format) -> float:
+    """Return what the tensor's amax is divided by, as the law does; 1 for one level."""
+    if not isinstance(fmt.scale, Format):
+        return 1.0
+    most = fmt.scale.element.max
+    return {"46": fmt.element.max * FOUR_OVER_SIX_TOP, "fp8": most}.get(fmt.rule, fmt.element.max * most)
 
 
 def _shared(e: Element, dtype: torch.dtype, found: bool, block: int, each: int, resident: int) -> dict[str, object]:

@@ -2,74 +2,17 @@
 // Constants: F16 or BF16; EACH values of a thread, SHARE threads of a block; MOST, the element's largest value; AHEAD (the next
 // piece is copied to shared memory while this one is worked on, two buffers for each thread).
 
-typedef unsigned int u32;
-typedef unsigned long long u64;
-
 #define WORDS (EACH / 2)
 #define VECTORS (EACH / 8)
 #define INFINITE 0x7f800000u
 
 #ifdef BF16
-#define TYPE "bf16x2"
 #define HALF_INFINITE 0x7f80u
 #else
-#define TYPE "f16x2"
 #define HALF_INFINITE 0x7c00u
 #endif
 
 __device__ __forceinline__ u32 pick(u32 mask, u32 a, u32 b) { return (mask & a) | (~mask & b); }
-
-__device__ __forceinline__ u32 bytes(u32 a, u32 b, u32 which) {
-    u32 d;
-    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(which));
-    return d;
-}
-
-__device__ __forceinline__ u32 above(u32 a, u32 b) {  // ones in each half of a that is larger than that of b
-    u32 d;
-    asm("set.gt.u32." TYPE " %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-    return d;
-}
-
-__device__ __forceinline__ u32 not_a_number(u32 a) {
-    u32 d;
-    asm("set.nan.u32." TYPE " %0, %1, %1;" : "=r"(d) : "r"(a));
-    return d;
-}
-
-__device__ __forceinline__ u32 magnitude(u32 a) {
-    u32 d;
-    asm("abs." TYPE " %0, %1;" : "=r"(d) : "r"(a));
-    return d;
-}
-
-__device__ __forceinline__ u32 larger(u32 a, u32 b) {  // NaN wins
-    u32 d;
-    asm("max.NaN." TYPE " %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-    return d;
-}
-
-__device__ __forceinline__ u32 halves(float low, float high) {
-    u32 d;
-    asm("cvt.rn." TYPE ".f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
-    return d;
-}
-
-__device__ __forceinline__ u32 cut(float x) {  // toward zero, in both halves
-    u32 d;
-    asm("cvt.rz." TYPE ".f32 %0, %1, %1;" : "=r"(d) : "f"(x));
-    return d;
-}
-
-__device__ __forceinline__ float widen(u32 half) {
-#ifdef BF16
-    return __uint_as_float(half << 16);
-#else
-    float f;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"((unsigned short)half));
-    return f;
-#endif
-}
 
 __device__ __forceinline__ float low_of(u32 pair) { return widen(pair & 0xffffu); }
 
@@ -121,18 +64,16 @@ __device__ __forceinline__ u32 place(u32 vector) { return vector ^ ((vector >> 3
 
 // Start copying a warp's next vectors to shared memory: neighbouring threads take neighbouring ones; `piece` has this thread's first.
 __device__ __forceinline__ void fetch(uint4* to, const uint4* from, u32 piece, u32 pieces) {
-    u32 at;
-    asm("{ .reg .u64 v; cvta.to.shared.u64 v, %1; cvt.u32.u64 %0, v; }" : "=r"(at) : "l"(to + place(threadIdx.x % 32)));
 #pragma unroll
     for (u32 i = 0; i < VECTORS; i++)
         if (piece + i * (32 / VECTORS) < pieces)
-            asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(at + 512 * i), "l"(from + 32 * i) : "memory");
-    asm volatile("cp.async.commit_group;" ::: "memory");
+            copy_ahead(to + place(threadIdx.x % 32) + 32 * i, from + 32 * i);
+    close_group();
 }
 
 // Wait for all copies but the latest and read the words of this thread's piece.
 __device__ __forceinline__ void take(u32* w, const uint4* from) {
-    asm volatile("cp.async.wait_group 1;" ::: "memory");
+    all_but_latest();
     __syncwarp();
 #pragma unroll
     for (u32 i = 0; i < VECTORS; i++) {

@@ -41,14 +41,8 @@ __device__ __forceinline__ float scale_of(float amax, const Outer& o, u32& code)
         q = __fdiv_rn(ratio, o.scale);
     }
     if (q < 0x1p-9f) q = 0x1p-9f;
-    unsigned short low;
-    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(low) : "f"(0.0f), "f"(q));
-    u32 both;
-    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(both) : "h"(low));
-    code = low & 0xffu;
-    float value;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"((unsigned short)both));
-    return __fmul_rn(value, o.scale);
+    code = to_e4m3(q, 0.0f) & 0xffu;
+    return __fmul_rn(from_e4m3(code), o.scale);
 #else
     return ratio == 0.0f ? 1.0f : ratio;
 #endif
@@ -249,9 +243,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) nibbles(
     const uint4* __restrict__ x, uint4* __restrict__ out, void* __restrict__ scales, float* __restrict__ outer_out,
     const float* __restrict__ amax_in, const float* __restrict__ global, u32 pieces) {
     extern __shared__ uint4 staged[];  // values ahead and results, EACH of every thread
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
+    after_kernel_ahead();
     const Outer o = outer_of(global);
 #if CODES && TWO
     if (blockIdx.x == 0 && threadIdx.x == 0) *outer_out = o.scale;

@@ -15,15 +15,7 @@ __device__ __forceinline__ u32 power_of(float amax) {
     return (bits & INFINITE) == INFINITE ? 255 : code;
 }
 
-__device__ __forceinline__ u32 two_codes(float a, float b) {  // one byte each
-    unsigned short d;
-#if E2M3
-    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(d) : "f"(b), "f"(a));
-#else
-    asm("cvt.rn.satfinite.e5m2x2.f32 %0, %1, %2;" : "=h"(d) : "f"(b), "f"(a));
-#endif
-    return d;
-}
+__device__ __forceinline__ u32 two_codes(float a, float b) { return E2M3 ? to_e4m3(a, b) : to_e5m2(a, b); }
 
 __device__ __forceinline__ float scaled(float x, float factor) {
     const float q = __fmul_rn(x, factor);
@@ -43,9 +35,7 @@ __device__ __forceinline__ u32 four_codes(u32 v, u32 w, float factor) {
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) sixes(
     const uint4* __restrict__ x, uint4* __restrict__ out, unsigned char* __restrict__ scales, const float* __restrict__ amax_in, u32 pieces) {
     extern __shared__ uint4 staged[];
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
+    after_kernel_ahead();
     const u32 lane = threadIdx.x % 32, stride = gridDim.x * THREADS, size = AHEAD ? THREADS * VECTORS : 0;
     const u32 mover = threadIdx.x - lane + lane / VECTORS;
     u32 turn = (threadIdx.x - lane) * VECTORS;
