@@ -91,7 +91,7 @@ def outer_scale(fmt: Format, global_amax: Tensor | None) -> Tensor | None:
 
 def find_scales(amax: Tensor, fmt: Format, outer: Tensor | None, global_amax: Tensor | None) -> Tensor:
     """Return what `reference.compute_scales` calls effective, for float32 `amax`, which is overwritten."""
-    top = torch.tensor(fmt.element.max, dtype=torch.float32, device="cpu")
+    top = _constant(fmt.element.max)
     if outer is not None and isinstance(fmt.scale, Format):
         inner = fmt.scale.element
         ratio = amax.div_(top).div_(outer).clamp_min_(inner.smallest_positive)
@@ -99,7 +99,14 @@ def find_scales(amax: Tensor, fmt: Format, outer: Tensor | None, global_amax: Te
         return ratio
     if isinstance(fmt.scale, Element) and fmt.scale.name == "e8m0":
         return _powers_of_two(amax if fmt.rule == "floor" else amax.div_(top), fmt)
+    if isinstance(fmt.scale, Element):
+        return law.cast_scale(amax.div_(top), fmt.scale)
     return law.compute_scales(amax, fmt, global_amax).effective
+
+
+@functools.cache
+def _constant(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float32, device="cpu")
 
 
 def _powers_of_two(source: Tensor, fmt: Format) -> Tensor:

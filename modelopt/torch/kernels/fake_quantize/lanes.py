@@ -157,7 +157,8 @@ def _run(parts: Parts, fmt: Format, global_amax: Tensor | None) -> None:
     bits = spare if scale is not None or e.kind != "int" else torch.empty_like(spare)
     bits = bits.view(torch.int32)
     outer = outer_scale(fmt, global_amax) if scale is None and strips * rows > _FEW else None
-    folded = fold(scale, e) if scale is not None and e.kind == "float" and rows > step else None
+    folding = e.kind == "float" and rows > step
+    folded = fold(scale, e) if folding and scale is not None else None
     levels = (_cut(t, step) for t in (scale, parts.zero, folded))
     for x, out, scale, zero, small in zip(parts.x.split(step, 1), parts.out.split(step, 1), *levels, strict=False):
         if x.shape[1] < spare.shape[1]:  # the last piece
@@ -166,6 +167,7 @@ def _run(parts: Parts, fmt: Format, global_amax: Tensor | None) -> None:
         source = x if wide is None else wide.copy_(x)
         if scale is None:
             scale = find_scales(block_amax(source, bits), fmt, outer, global_amax)
+            small = fold(scale, e) if folding else None
         if e.kind == "int":
             round_integers(source, q, spare, scale, zero, e)
         else:
