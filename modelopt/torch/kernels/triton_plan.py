@@ -123,7 +123,7 @@ def layout(shape: tuple[int, ...], sizes: tuple[int, ...], whole: bool = False, 
 
 
 @functools.lru_cache(maxsize=4096)
-def shortened(plan: Layout, fmt: Format, found: bool, codes: bool = False) -> Layout:
+def shortened(plan: Layout, fmt: Format, found: bool, codes: bool = False, rotated: bool = False) -> Layout:
     """Return the tiling with what measurements on an H200 favour for `fmt` (`found`: the program finds the ranges itself)."""
     if codes and fmt.element.bits < 8:
         plan = replace(plan, least=8)  # reads only are in half sectors
@@ -131,7 +131,7 @@ def shortened(plan: Layout, fmt: Format, found: bool, codes: bool = False) -> La
         return replace(plan, lanes=16)  # two roundings of a tile take many registers
     if plan.form == "flat" and plan.W == 16 and plan.count >= 2**20:
         return replace(plan, steps=NEIGHBOURS)
-    if found and plan.G == 1 and plan.W >= 8192:  # a whole row: few warps wait for each other
+    if found and not rotated and plan.G == 1 and plan.W >= 8192:  # a whole row: few warps wait for each other
         return replace(plan, lanes=min(plan.W // 128, 128))
     if codes and plan.G == 1 and plan.W >= 8192:
         return replace(plan, lanes=64)

@@ -233,7 +233,7 @@ def _prepared(
     plan = planning.layout(tuple(shape), sizes, found, piece=_PIECE if bits < 8 else 0)
     if isinstance(plan, str):
         return None
-    plan = planning.shortened(plan, fmt, found, codes=True)
+    plan = planning.shortened(plan, fmt, found, codes=True, rotated=rotate > 0)
     last = planning.prefix(shape)[-1]
     unit = 8 if plan.form == "columns" and bits == 8 and last % 8 == 0 else UNIT.get(bits)
     pack = last * bits % 8 == 0 and packs(plan, unit) and (bits != 6 or plan.form == "flat")

@@ -77,9 +77,12 @@ def quantize(x: Tensor, fmt: Format, amax: Tensor | None, global_amax: Tensor | 
 
 
 def _launch(x: Tensor, fmt: Format, codes: bool, others: tuple[Tensor | None, ...], found: bool) -> None:
+    if x.device.index != torch.cuda.current_device():
+        with torch.cuda.device(x.device):
+            return _launch(x, fmt, codes, others, found)
     kernel, count, blocks, shared = _prepared(tuple(x.shape), x.dtype, x.device, fmt.text, found, codes)
     stream = torch.cuda.current_stream(x.device).cuda_stream
-    kernel.launch((blocks, 1, 1), THREADS, shared, stream, (x, *others, count))
+    return kernel.launch((blocks, 1, 1), THREADS, shared, stream, (x, *others, count))
 
 
 @functools.lru_cache(maxsize=4096)
