@@ -131,7 +131,7 @@ def shortened(plan: Layout, fmt: Format, found: bool, codes: bool = False, rotat
         return replace(plan, lanes=16)  # two roundings of a tile take many registers
     if plan.form == "flat" and plan.W == 16 and plan.count >= 2**20:
         return replace(plan, steps=NEIGHBOURS)
-    if found and not rotated and plan.G == 1 and plan.W >= 8192:  # a whole row: few warps wait for each other
+    if found and not rotated and fmt.element.bits == 8 and plan.G == 1 and plan.W >= 8192:  # few warps wait for each other
         return replace(plan, lanes=min(plan.W // 128, 128))
     if codes and plan.G == 1 and plan.W >= 8192:
         return replace(plan, lanes=64)
