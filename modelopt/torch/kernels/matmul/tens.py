@@ -86,11 +86,11 @@ def choose(read: Plan, m: int, n: int, k: int, processors: int, memory: tuple[in
     for groups, cost in tables.UNIT_COST.items():
         rows = math.ceil(n / (64 * groups))
         for parts in range(1, max(min(processors // rows, units // 3, 16), 1) + 1):
-            waves = math.ceil(rows * parts / processors)
-            found.append((waves * math.ceil(units / parts) * cost + tables.ADDING.get(parts, tables.ADDING[0]), groups, parts))
+            adding = 0.0 if parts == 1 else tables.CLUSTER if parts == 2 else tables.ADDING[0] + parts * tables.ADDING[1]
+            found.append((math.ceil(rows * parts / processors) * math.ceil(units / parts) * cost + adding, groups, parts))
     for _, groups, parts in sorted(found):
         cluster = 2 if parts == 2 else 1
-        for unit, depth in tables.RINGS[4 if read.each == 32 else 8]:
+        for unit, depth in tables.RINGS[4 if read.each == 32 else 8][groups == 4 :]:
             c = tables.Tens(nt, groups, unit, depth, cluster, parts // cluster)
             launch = planned(read, m, n, k, False, skinny.type_of(read), max(k // read.group, 1), c)
             if launch.shared <= memory[0] - _RESERVED and launch.grid[0] * launch.grid[1] <= processors:
