@@ -163,6 +163,7 @@ def linear_figure(data: Record, memory: float, peak: float) -> str:
 
 TABLES: dict[str, Callable[[Record], str]] = {
     "kernels": kernels_table,
+    "kernels_4096": kernels_table,
     "linear": linear_table,
     "linear_large": linear_table,
     "experts": linear_table,
