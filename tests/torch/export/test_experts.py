@@ -9,7 +9,7 @@ import modelopt.torch.quantization as mtq
 from modelopt.core.errors import ExportError
 from modelopt.torch import kernels
 from modelopt.torch.export import export, load, read, verify
-from modelopt.torch.export.passes.split_experts import joined
+from modelopt.torch.export.passes.split_experts import _split_packed, joined
 from modelopt.torch.quantization.nn.modules import PackedExperts
 
 transformers = pytest.importorskip("transformers")
@@ -82,6 +82,20 @@ def test_parts_that_share_no_scale_are_not_joined():
     assert joined([whole, other]) is None and torch.equal(joined([whole, whole]).dequantize()[8:], whole.dequantize())
     rows = [kernels.quantized(torch.randn(8, 64), "nf4[64]*i8[256]*f32") for _ in range(2)]
     assert torch.equal(joined(rows).dequantize(), torch.cat([q.dequantize() for q in rows]))
+
+
+@pytest.mark.parametrize("fmt", ["nf4[32]*i8[3,1]*f32", "nf4[1,32]*i8[4,256]*f32", "u4[3,32]*f16+u4", "e2m1[16]~*e4m3[...]*f32"])
+@pytest.mark.parametrize("rows", [2, 6, 8, 10, 12, 256])
+def test_packed_halves_have_the_values_of_the_whole(fmt, rows):
+    whole = kernels.quantized(torch.randn(rows, 64), fmt)
+    halves = _split_packed(whole, 2)
+    if halves is not None:  # else a block lies across the cut, on some level of scales
+        assert torch.equal(torch.cat([h.dequantize() for h in halves]), whole.dequantize())
+        assert torch.equal(joined(halves).dequantize(), whole.dequantize())
+    one, other = (kernels.quantized(torch.randn(rows, 64), fmt) for _ in range(2))
+    both = joined([one, other])
+    assert both is None or torch.equal(both.dequantize(), torch.cat([one.dequantize(), other.dequantize()]))
+    assert joined([one]) is one
 
 
 def test_experts_that_checkpoints_keep_fused_are_refused(tmp_path, ids):

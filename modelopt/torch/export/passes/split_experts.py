@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modelopt.numerics import Quantized
+from modelopt.numerics import Element, Format, Quantized
 from modelopt.torch.export import huggingface
 from modelopt.torch.export.checkpoint import LayerRecord
 
@@ -63,15 +63,12 @@ def _split_packed(weight: Quantized, parts: int) -> list[Quantized] | None:
     """Return `parts` packed matrices with the rows of one, or None where blocks of scales lie across the cut."""
     total, width = weight.shape
     rows = total // parts
-    block = min(weight.format.block.sizes(weight.shape)[0], total)
-    if total % parts or (block < total and rows % block):
-        return None
-    grids = [t for t in weight.parts if t.dim() and t.shape[0] > 1]
-    if any(t.shape[0] % parts for t in grids):
+    divided = None if total % parts else _divided(weight.format, weight.shape, rows)
+    if divided is None:
         return None
     pieces = []
     for part in range(parts):
-        held = [t.reshape(parts, -1, *t.shape[1:])[part] if any(t is g for g in grids) else t for t in weight.parts]
+        held = [t.unflatten(0, (parts, -1))[part] if d else t for t, d in zip(weight.parts, divided, strict=True)]
         pieces.append(Quantized.from_parts(held, weight.format, torch.Size((rows, width)), weight.dtype))
     return pieces
 
@@ -79,19 +76,41 @@ def _split_packed(weight: Quantized, parts: int) -> list[Quantized] | None:
 def joined(pieces: list[Quantized]) -> Quantized | None:
     """Return one packed matrix with the rows of all `pieces`, or None where they do not share what one matrix has once."""
     first = pieces[0]
+    if len(pieces) == 1:
+        return first
     shape = torch.Size((sum(p.shape[0] for p in pieces), first.shape[1]))
-    block = first.format.block.sizes(shape)[0]
-    if any(p.format != first.format or p.shape[1] != shape[1] or (block < shape[0] and p.shape[0] % block) for p in pieces):
+    if any(p.format != first.format or p.shape[1] != shape[1] for p in pieces):
+        return None
+    cuts = [_divided(first.format, shape, p.shape[0]) for p in pieces]
+    divided = cuts[0]
+    if divided is None or any(c is None for c in cuts):
         return None
     parts = []
-    for i, members in enumerate(zip(*(p.parts for p in pieces), strict=True)):
-        if i == 0 or (members[0].dim() and block < shape[0]):
+    for members, apart in zip(zip(*(p.parts for p in pieces), strict=True), divided, strict=True):
+        if apart:
             parts.append(torch.cat(members))
         elif all(torch.equal(members[0], m) for m in members):
             parts.append(members[0])
         else:
             return None
     return Quantized.from_parts(parts, first.format, shape, first.dtype)
+
+
+def _divided(fmt: Format, shape: torch.Size, rows: int) -> list[bool] | None:
+    """Say of each part of a packed matrix whether a cut after `rows` rows divides it; None: a block lies across the cut.
+
+    What is not divided, all pieces have in common. Scales of scales have blocks of rows of their own.
+    """
+    found, size = [True], tuple(shape)
+    level: Format | Element = fmt
+    while isinstance(level, Format):
+        block = min(level.block.sizes(size)[0], size[0])
+        apart = block < size[0]
+        if apart and rows % block:
+            return None
+        found.append(apart)
+        size, rows, level = level.block.grid(size), rows // block, level.scale
+    return found + [found[1]] * (fmt.zero is not None)
 
 
 def _rows(value: Tensor | None, grid: tuple[int, ...], part: int, parts: int) -> Tensor | None:

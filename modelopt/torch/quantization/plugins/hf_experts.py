@@ -204,7 +204,7 @@ class ExpertsBase(QuantModule):
             y = self.post_expert_norm(y)  # type: ignore[operator]
         kept = weights.reshape(-1).masked_fill(chosen >= experts, 0.0)[order]
         y = (y * kept[:, None])[torch.argsort(order)]
-        return y.view(hidden.shape[0], choices, -1).sum(1).to(hidden.dtype)
+        return y.unflatten(0, (hidden.shape[0], choices)).sum(1).to(hidden.dtype)
 
 
 class QuantExperts(ExpertsBase):
@@ -241,7 +241,7 @@ class QuantExperts(ExpertsBase):
             )
         hidden, index, weights = values
         flat = hidden.reshape(-1, hidden.shape[-1])
-        return self._route(flat, index.reshape(flat.shape[0], -1), weights.reshape(flat.shape[0], -1)).view_as(hidden)
+        return self._route(flat, index.reshape(-1, index.shape[-1]), weights.reshape(-1, weights.shape[-1])).view_as(hidden)
 
 
 class QuantLlama4Experts(ExpertsBase):

@@ -207,6 +207,17 @@ def test_packed_conv1d_gives_the_same_values(tmp_path):
     assert torch.equal(zoo.logits(restored("gpt2", model, tmp_path / "out"), batch), expected)
 
 
+@pytest.mark.parametrize("inputs", [None, "i8[-1]~*f32", "i8[...]*f32"])
+@pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "llama4", "dbrx"])
+def test_no_tokens_at_all(name, inputs):
+    model = mtq.quantize(zoo.build(name), config(weight="i8[1,...]*f32", inputs=inputs), [zoo.inputs(name)])
+    experts = next(m for key, m in model.named_modules() if key.endswith("experts"))
+    given = () if name == "llama4" else (torch.zeros(0, 2, dtype=torch.long), torch.zeros(0, 2))
+    assert experts(torch.zeros(0, 64), *given).shape == (0, 64)
+    mtq.compress(model)
+    assert experts(torch.zeros(0, 64), *given).shape == (0, 64)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["mixtral", "gpt_oss", "llama4"])
 @pytest.mark.parametrize("weight, inputs", [("i4[32]*f32", None), ("e4m3[1,...]*f32", "e4m3[-1]~*f32")])
