@@ -83,13 +83,18 @@ def rows_of(shapes: tuple[tuple[int, int], ...], rows: tuple[int, ...], only: tu
         if importlib.util.find_spec(peer) is None:
             print(f"{peer} cannot be imported")
             continue
+        try:
+            cases = cases_of()
+        except FAILURES as error:
+            print(f"{peer} cannot be imported: {error}")
+            continue
         for n, k in shapes:
             dense = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) * 0.02 for _ in range(4)]
             inputs = {m: torch.randn(m, k, device="cuda", dtype=torch.bfloat16) for m in rows}
             base = {
                 m: measure([functools.partial(F.linear, x, w) for w in dense], 12 if m > 64 else 24) for m, x in inputs.items()
             }
-            for name, make in cases_of().items():
+            for name, make in cases.items():
                 if only and not any(part in name for part in only):
                     continue
                 found += _case(name, make, dense, inputs, base)

@@ -157,6 +157,55 @@ def test_without_the_compiler_there_is_a_reason_and_an_error(monkeypatch):
         cuda.binary(skinny.source(), (), "sm_90a")
 
 
+def test_a_thread_without_a_context_gets_one(monkeypatch):
+    import ctypes
+
+    from modelopt.core.errors import ModelOptError
+    from modelopt.torch.kernels.matmul import cuda
+
+    answers, asked = [201, 0, 201, 201], []
+    driver = type("Driver", (), {"cuLaunchKernelEx": lambda self, *given: answers.pop(0)})()
+    monkeypatch.setattr(cuda, "_driver", lambda: driver)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: asked.append(1))
+    kernel = cuda.Kernel(ctypes.c_void_p(1), ctypes.c_void_p(1), True)
+    kernel.launch((1, 1, 1), 32, 0, 0, (None, 1))
+    assert len(asked) == 1
+    with pytest.raises(ModelOptError, match="201"):
+        kernel.launch((1, 1, 1), 32, 0, 0, (None, 1))
+
+
+def test_a_device_that_the_compiler_does_not_know(monkeypatch):
+    from modelopt.torch.kernels.matmul import cuda
+
+    monkeypatch.setattr(cuda, "_nvrtc", lambda: object())
+    monkeypatch.setattr(cuda, "_driver", lambda: object())
+    monkeypatch.setattr(cuda, "_capabilities", lambda: frozenset({80, 90, 100}))
+    for capability, reason in {(9, 0): None, (10, 3): "libnvrtc does not know compute capability 10.3"}.items():
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+        assert cuda._unknown.__wrapped__(torch.device("cuda", 7)) == reason
+    assert cuda.why_not() is None
+
+
+def test_what_kernels_read_as_bytes_has_the_right_type_and_place(monkeypatch):
+    from modelopt.torch.kernels.matmul import triton as kernel
+
+    seen = []
+
+    def packed(x, weight, fmt, n, bias, *rest):
+        seen.append((x.data_ptr() % 16, bias))
+        return x.new_zeros(x.shape[0], n)
+
+    monkeypatch.setattr(kernel, "route", lambda *given: "few")
+    monkeypatch.setattr(kernel, "_packed", packed)
+    text, x = "i8[1,...]*f32", torch.ones(65, dtype=torch.bfloat16)[1:].reshape(1, 64)
+    parts = law.quantize(torch.randn(32, 64), parse(text)).parts
+    kernel.quantized_linear(x, parts, parse(text), 32, torch.ones(64, dtype=torch.bfloat16)[::2], "", None)
+    assert seen[0][0] == 0 and seen[0][1].is_contiguous()
+    with pytest.raises(RuntimeError):  # torch says that the types differ
+        kernel.quantized_linear(x, parts, parse(text), 32, torch.ones(32), "", None)
+    assert len(seen) == 1
+
+
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return ((a.double() - b).norm() / b.norm()).item()
 

@@ -146,7 +146,8 @@ def ranges(
 
     amax None: the kernel finds the range of its blocks itself.
     """
-    amax_, global_amax, amin = law.given_range(x.shape, fmt, amax_given, global_amax, amin)
+    given = law.given_range(x.shape, fmt, amax_given, global_amax, amin)
+    amax_, global_amax, amin = (t if t is None or t.device == x.device else t.to(x.device) for t in given)
     plan = planning.layout_of(x, fmt, whole=True)
     if isinstance(plan, str):
         return None

@@ -32,11 +32,11 @@ def why_not(x: Tensor, size: int) -> str | None:
         return "the tensor is empty"
     if x.numel() % 8:
         return "the tensor does not fill pieces of 16 bytes"
-    if size == 1 or size * (4 + x.element_size()) > SHARED - 1024:
+    if size == 1 or size * (4 + x.element_size()) > min(SHARED - 1024, cuda.shared_memory(x.device)):
         return f"blocks of {size} do not fit into shared memory"
     if torch.cuda.get_device_capability(x.device) < (8, 0):
         return "the device does not copy to shared memory by itself"
-    return cuda.why_not()
+    return cuda.why_not(x.device)
 
 
 @functools.cache
@@ -128,7 +128,7 @@ def hadamard(x: Tensor, size: int, signs: Tensor | None = None, inverse: bool = 
     how = plan(size, x.dtype, 0 if signs is None else -1 if inverse else 1, inverse)
     kernel, most = loaded(how, x.device)
     pieces = x.numel() // TYPES[x.dtype][1]
-    signs = None if signs is None else signs.float().contiguous()
+    signs = None if signs is None else signs.to(x.device, torch.float32).contiguous()
     launch(kernel, how, min(-(-x.numel() // how.tile), most), x, signs, out, pieces & 0x7FFFFFFF, pieces >> 31)
     return out
 

@@ -34,7 +34,11 @@ def why_not(x: Tensor, size: int, fmt: Format, codes: bool, found: bool) -> str 
     if torch.cuda.get_device_capability(x.device) < (8, 9):
         return "the device does not convert FP8"
     answer = plan(x.shape, x.dtype, size, fmt.text, codes, found)
-    return answer if isinstance(answer, str) else cuda.why_not()
+    if isinstance(answer, str):
+        return answer
+    if answer[0].shared > cuda.shared_memory(x.device):
+        return "rows do not fit into the shared memory of the device"
+    return cuda.why_not(x.device)
 
 
 def rotated(
@@ -56,7 +60,8 @@ def rotated(
     kernel, most = loaded(how[0], x.device)
     blocks = min(-(-x.numel() // how[0].tile), most)
     pieces = x.numel() // TYPES[x.dtype][1]
-    given = None if amax is None else amax.contiguous()
+    given = None if amax is None else amax.to(x.device).contiguous()
+    global_amax = None if global_amax is None else global_amax.to(x.device)
     stored = (scales[0] if scales else None, scales[1] if len(scales) > 1 else None)
     launch(kernel, how[0], blocks, x, out, *stored, given, global_amax, how[1], pieces & 0x7FFFFFFF, pieces >> 31)
     return [out, *scales]

@@ -23,7 +23,11 @@ def why_not(x: Tensor, num_bins: int) -> str | None:
         return f"the tensor is {x.dtype}; the kernel takes float32, float16 and bfloat16"
     if x.numel() == 0:
         return "the tensor is empty"
-    return cuda.why_not() if torch.cuda.get_device_capability(x.device) >= (8, 0) else "the device does not reduce within warps"
+    if torch.cuda.get_device_capability(x.device) < (8, 0):
+        return "the device does not reduce within warps"
+    if 4 * num_bins > cuda.shared_memory(x.device):
+        return f"counters of {num_bins} bins do not fit into the shared memory of the device"
+    return cuda.why_not(x.device)
 
 
 @functools.cache

@@ -14,6 +14,7 @@ import pathlib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from modelopt.core.errors import MissingDependencyError, ModelOptError
 
 # CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, ..._MAX_DYNAMIC_SHARED_SIZE_BYTES, CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 _SHARED, _MAX_SHARED, _PROGRAMMATIC = 1, 8, 6
+_NO_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 
 
 class _Attribute(ctypes.Structure):
@@ -61,11 +63,36 @@ def _driver() -> ctypes.CDLL | None:
     return _library(("libcuda.so.1",))
 
 
-def why_not() -> str | None:
-    """Return why kernels cannot be compiled here, or None."""
+def why_not(device: torch.device | None = None) -> str | None:
+    """Return why kernels cannot be compiled here, for `device` where it is given, or None."""
     if _nvrtc() is None:
         return "the CUDA run-time compiler (libnvrtc) is not found"
-    return None if _driver() is not None else "the CUDA driver (libcuda) is not found"
+    if _driver() is None:
+        return "the CUDA driver (libcuda) is not found"
+    return None if device is None else _unknown(device)
+
+
+@functools.cache
+def _unknown(device: torch.device) -> str | None:
+    major, minor = torch.cuda.get_device_capability(device)
+    known = _capabilities()
+    return None if not known or 10 * major + minor in known else f"libnvrtc does not know compute capability {major}.{minor}"
+
+
+def _capabilities() -> frozenset[int]:
+    """Return the compute capabilities (90 is 9.0) for which the run-time compiler compiles; none where it does not say."""
+    nvrtc, count = _nvrtc(), ctypes.c_int()
+    if nvrtc is None or nvrtc.nvrtcGetNumSupportedArchs(ctypes.byref(count)):
+        return frozenset()
+    found = (ctypes.c_int * count.value)()
+    return frozenset() if nvrtc.nvrtcGetSupportedArchs(found) else frozenset(found)
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Return the bytes of shared memory that a block may have on `device`, but for what the system and a kernel itself keep."""
+    properties: Any = torch.cuda.get_device_properties(device)
+    return int(properties.shared_memory_per_block_optin) - 1024
 
 
 def _check(status: int, what: str) -> None:
@@ -156,7 +183,11 @@ class Kernel:
         )
         driver = _driver()
         assert driver is not None
-        _check(driver.cuLaunchKernelEx(ctypes.byref(launch), self.function, pointers, None), "cuLaunchKernelEx")
+        status = driver.cuLaunchKernelEx(ctypes.byref(launch), self.function, pointers, None)
+        if status == _NO_CONTEXT:  # a thread that has not called the CUDA runtime yet: this call makes its context current
+            torch.cuda.mem_get_info()
+            status = driver.cuLaunchKernelEx(ctypes.byref(launch), self.function, pointers, None)
+        _check(status, "cuLaunchKernelEx")
 
 
 def _boxed(argument: Tensor | int | None) -> ctypes.c_int | ctypes.c_void_p:

@@ -46,16 +46,19 @@ def route(x: Tensor, weight: list[Tensor], fmt: Format, n: int, input_format: st
         return "few"
     major, minor = torch.cuda.get_device_capability(x.device)
     codes = pair(input_format, fmt, n, k) if input_format else ""
-    if codes and k % 16 == 0 and (major, minor) >= ((8, 9) if codes == "fp8" else (8, 0)):
+    if codes and k % 16 == 0 and weight[0].data_ptr() % 16 == 0 and (major, minor) >= ((8, 9) if codes == "fp8" else (8, 0)):
         return "codes"
-    aligned = x.dtype == torch.bfloat16 and n % 16 == 0 and k % 16 == 0
+    aligned = x.dtype == torch.bfloat16 and n % 16 == 0 and k % 16 == 0 and weight[0].data_ptr() % 16 == 0
     many = aligned and rows >= tables.DECODED_ROWS * experts and experts * n * k * 2 <= tables.DECODED_BYTES
     return "dequantize" if many and major >= 9 and min(fmt.block.sizes((n, k))[1], k) % 8 == 0 else "tiles"
 
 
 def _few(x: Tensor, weight: list[Tensor], fmt: Format, n: int) -> tuple[Plan, tables.Skinny] | None:
     (rows, k), experts, read = x.shape, weight[0].shape[0], plan(fmt, n, x.shape[-1])
-    if rows > tables.EXPERT_ROWS or isinstance(read, str) or skinny.why_not(x) is not None or weight[0].data_ptr() % 16:
+    if rows > tables.EXPERT_ROWS or isinstance(read, str) or skinny.why_not(x) is not None:
+        return None
+    copied = weight[: 1 + (read.scale != "none")] + weight[2:] * (read.kind == "u4")  # 16 bytes at a time
+    if any(p.data_ptr() % 16 for p in copied):
         return None
     if x.dtype == torch.float16 and read.scale == "e8m0":
         return None
@@ -75,6 +78,9 @@ def product(
 ) -> Tensor:
     """Return q(x) times the matrices of the rows' experts, [T, n] in the dtype of `x`."""
     how, x = route(x, weight, fmt, n, input_format), x.contiguous()
+    x = x.clone() if x.data_ptr() % 16 else x
+    offsets = offsets.to(x.device).contiguous()
+    bias = None if bias is None else bias.to(x.device).contiguous()
     if how == "codes":
         codes, sx = quantize(x, input_format, input_amax)
         codes = codes.view(torch.int8 if fmt.element.name.startswith("i8") else torch.float8_e4m3fn)
@@ -90,6 +96,7 @@ def product(
     read, config = few
     scales, post = skinny.scales_of(weight, read)
     zeros = weight[-1] if read.kind == "u4" else None
+    bias = None if bias is None else bias.to(x.dtype)
     return skinny.product(given, weight[0], scales, zeros, post, bias, n, read, config, offsets=offsets)
 
 

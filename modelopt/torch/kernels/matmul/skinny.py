@@ -191,7 +191,7 @@ def why_not(x: Tensor) -> str | None:
         return f"the input is {x.dtype}; the kernels for few rows take bfloat16 and float16"
     if torch.cuda.get_device_capability(x.device) < (8, 0):
         return "the kernels for few rows need compute capability 8"
-    return cuda.why_not()
+    return cuda.why_not(x.device)
 
 
 def scales_of(weight: list[Tensor], read: Plan) -> tuple[Tensor, Tensor]:

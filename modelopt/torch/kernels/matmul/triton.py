@@ -32,7 +32,8 @@ def why_not(x: Tensor, weight: list[Tensor], fmt: Format, n: int) -> str | None:
     found = plan(fmt, n, x.shape[-1])
     if isinstance(found, str):
         return found
-    if any(not p.is_contiguous() or p.device != x.device for p in weight) or weight[0].data_ptr() % 16:
+    copied = weight[: 1 + (found.scale != "none")] + weight[2:] * (found.kind == "u4")  # 16 bytes at a time
+    if any(not p.is_contiguous() or p.device != x.device for p in weight) or any(p.data_ptr() % 16 for p in copied):
         return "the packed weight is not contiguous on the input's device, or not aligned"
     if x.dtype == torch.float16 and found.scale == "e8m0":
         return "float16 cannot hold e8m0 scales"
@@ -96,12 +97,18 @@ def quantized_linear(
     """Return q(x) W^T + bias, [..., n] in the dtype of `x`, for a product for which `why_not` has no reason."""
     how, k = route(x, fmt, n, input_format), x.shape[-1]
     flat = x.reshape(-1, k)
+    if bias is not None:
+        bias = bias.contiguous()
+        if bias.dtype != x.dtype or bias.device != x.device or bias.numel() != n:
+            how = "dequantize"  # torch adds it, or says what is wrong
     if how in ("fp8", "int8"):
         y = _codes(flat, weight, n, bias, input_format, input_amax, how)
     elif how == "dequantize":
         y = dequantized_linear(flat, weight, fmt, n, bias, input_format, input_amax)
     else:
-        y = _packed(flat.contiguous(), weight, fmt, n, bias, how, input_format, input_amax)
+        flat = flat.contiguous()
+        flat = flat.clone() if flat.data_ptr() % 16 else flat
+        y = _packed(flat, weight, fmt, n, bias, how, input_format, input_amax)
     return y.reshape(*x.shape[:-1], n)
 
 
@@ -123,7 +130,7 @@ def _packed(
         x, quantizer, amax = fake_quantize(x, input_format, amax), (0, 0), None
     scales, post = skinny.scales_of(weight, read)
     zeros = weight[-1] if read.kind == "u4" else None
-    amax = None if amax is None else amax.float()
+    amax = None if amax is None else amax.to(x.device, torch.float32)
     if how == "few":
         few = _few(read, m, n, k, x.device)
         assert few is not None

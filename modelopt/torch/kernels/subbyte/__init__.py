@@ -42,7 +42,7 @@ def _unlike(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, te
         return "the tensor is too large"
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
         return "packed comparisons need compute capability 9.0"
-    return cuda.why_not()
+    return cuda.why_not(device)
 
 
 def why_not(x: Tensor, fmt: Format, codes: bool) -> str | None:
