@@ -109,7 +109,9 @@ def restore_packed(model: nn.Module, described: dict[str, Any]) -> None:
             parent = model.get_submodule(parent_name)
         except AttributeError as error:
             raise CheckpointError(f'The saved state has a packed weight in "{parent_name}", which this model has not.') from error
-        weight = parent._parameters.get(weight_name)
+        weight, earlier = parent._parameters.get(weight_name), parent._modules.get(leaf)
+        if isinstance(earlier, PackedTensor) and earlier.describe() == data:  # each step describes all that was packed before it
+            continue
         holder = PackedTensor.from_description(data, None if weight is None else weight.device)
         if weight is None or tuple(weight.shape) != holder.stored_shape:
             shown = "none" if weight is None else f"one of shape {list(weight.shape)}"

@@ -89,6 +89,17 @@ def test_patterns_choose() -> None:
         mtq.compress(Net())
 
 
+def test_what_was_packed_in_two_steps_is_restored(tmp_path) -> None:
+    model = mtq.quantize(Net().eval(), weight_only(num_bits=8))
+    mtq.compress(model, {"compress": {"default": False, "up": True}})
+    mtq.compress(model.to(torch.bfloat16))
+    save(model, tmp_path / "out")
+    again = restore(Net().to(torch.bfloat16).eval(), tmp_path / "out")
+    x = torch.randn(2, 256, dtype=torch.bfloat16)
+    with torch.no_grad():
+        assert torch.equal(again(x), model(x)) and nbytes(again) == nbytes(model)
+
+
 def test_sequences_pack_their_last_link() -> None:
     cfg = [{"num_bits": 4, "block_sizes": {-1: 64}}, {"num_bits": (4, 3)}]
     model = mtq.quantize(Net().eval(), {"quant_cfg": [{"quantizer_name": "*weight_quantizer", "cfg": cfg}]})
