@@ -37,13 +37,17 @@ def pack_weights(model: nn.Module, config: CompressConfig) -> list[str]:
         near = nearest_names(pattern, names)
         hint = f" Nearest: {', '.join(near)}." if near else ""
         warn(f'The pattern "{pattern}" matches no quantized module of this model.{hint}')
+    for name, module in _quant_modules(model):  # before anything is packed
+        for items in _by_parameter(module) if rules.resolve(name) else ():
+            if items[0].name in module.packable and _alike(items):
+                _require_plain(name, items)
     packed: list[str] = []
     kept: list[str] = []
     for name, module in list(_quant_modules(model)):
         for items in _by_parameter(module) if rules.resolve(name) else ():
             names = [f"{name}.{item.name}" + ("" if item.expert is None else f"[{item.expert}]") for item in items]
             if items[0].name in module.packable and _alike(items):
-                _pack(names, module, items)
+                _pack(module, items)
                 packed += names
             else:
                 kept += [
@@ -77,8 +81,8 @@ def _alike(items: list[QuantizedTensor]) -> bool:
 
 
 @torch.no_grad()
-def _pack(names: list[str], module: nn.Module, items: list[QuantizedTensor]) -> None:
-    holders = [_packed(name, item) for name, item in zip(names, items, strict=True)]
+def _pack(module: nn.Module, items: list[QuantizedTensor]) -> None:
+    holders = [_packed(item) for item in items]
     name, stored = items[0].name, module._parameters[items[0].name]
     assert stored is not None
     one = items[0].expert is None
@@ -87,12 +91,18 @@ def _pack(names: list[str], module: nn.Module, items: list[QuantizedTensor]) -> 
     module.add_module(f"{name}_packed", holder)
 
 
-def _packed(name: str, item: QuantizedTensor) -> PackedTensor:
+def _require_plain(module_name: str, items: list[QuantizedTensor]) -> None:
+    for item in items:
+        last = [q for q in leaf_quantizers(item.weight_quantizer) if q.enabled][-1]
+        if last.rotation is not None or last.bias_value is not None or last.pre_quant_scale is not None or last.format is None:
+            name = f"{module_name}.{item.name}" + ("" if item.expert is None else f"[{item.expert}]")
+            raise ModeError(
+                f"{name} is rotated, shifted or scaled before quantization, so its codes alone do not give its values back."
+            )
+
+
+def _packed(item: QuantizedTensor) -> PackedTensor:
     *first, last = [q for q in leaf_quantizers(item.weight_quantizer) if q.enabled]
-    if last.rotation is not None or last.bias_value is not None or last.pre_quant_scale is not None or last.format is None:
-        raise ModeError(
-            f"{name} is rotated, shifted or scaled before quantization, so its codes alone do not give its values back."
-        )
     weight = item.tensor.detach()
     for quantizer in first:
         weight = quantizer(weight)

@@ -100,6 +100,14 @@ def test_what_was_packed_in_two_steps_is_restored(tmp_path) -> None:
         assert torch.equal(again(x), model(x)) and nbytes(again) == nbytes(model)
 
 
+def test_a_refusal_packs_nothing() -> None:
+    model = mtq.quantize(Net(), weight_only(num_bits=8))
+    model.down.weight_quantizer.pre_quant_scale = torch.ones(512)
+    with pytest.raises(ModeError, match="down.weight is rotated, shifted or scaled"):
+        mtq.compress(model)
+    assert {"up.weight", "down.weight"} <= model.state_dict().keys()
+
+
 def test_sequences_pack_their_last_link() -> None:
     cfg = [{"num_bits": 4, "block_sizes": {-1: 64}}, {"num_bits": (4, 3)}]
     model = mtq.quantize(Net().eval(), {"quant_cfg": [{"quantizer_name": "*weight_quantizer", "cfg": cfg}]})
