@@ -1,17 +1,20 @@
 """Fake quantization by nvidia-modelopt: `benchmarks.peers` runs this file in a process whose path has that library, not this one.
 
-python peer_modelopt.py out.json SIZE [FORMAT ...]        one bf16 tensor of SIZE x SIZE; TB/s of bytes read and written
+python -P peer_modelopt.py out.json SIZE [FORMAT ...]        one bf16 tensor of SIZE x SIZE; TB/s of bytes read and written
 """
 
 from __future__ import annotations
 
 import functools
 import json
+import pathlib
+import runpy
 import sys
 from typing import Any
 
 import torch
-from timing import measure  # beside this file: its directory is the first of the path
+
+measure = runpy.run_path(str(pathlib.Path(__file__).with_name("timing.py")))["measure"]  # the folder itself is not on the path
 
 FORMATS: dict[str, dict[str, Any]] = {
     "NVFP4 dynamic": {"num_bits": (2, 1), "block_sizes": {-1: 16, "type": "dynamic", "scale_bits": (4, 3)}, "axis": None},
@@ -52,8 +55,8 @@ def main() -> None:
             record["failed"] = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
         print(record, flush=True)
         records.append(record)
-    with open(out, "w") as file:
-        json.dump(records, file)
+        with open(out, "w") as file:
+            json.dump(records, file)
 
 
 if __name__ == "__main__":
