@@ -79,6 +79,8 @@ PEERS = {"torchao": torchao_cases, "gemlite": gemlite_cases}
 def rows_of(shapes: tuple[tuple[int, int], ...], rows: tuple[int, ...], only: tuple[str, ...] = ()) -> list[dict[str, Any]]:
     """Measure every peer that can be imported; a case that fails has the reason instead of a time."""
     found: list[dict[str, Any]] = []
+    random = torch.Generator("cuda").manual_seed(0)  # not the default one, which a capture that fails leaves unusable
+    draw = functools.partial(torch.randn, device="cuda", dtype=torch.bfloat16, generator=random)
     for peer, cases_of in PEERS.items():
         if importlib.util.find_spec(peer) is None:
             print(f"{peer} cannot be imported")
@@ -89,8 +91,8 @@ def rows_of(shapes: tuple[tuple[int, int], ...], rows: tuple[int, ...], only: tu
             print(f"{peer} cannot be imported: {error}")
             continue
         for n, k in shapes:
-            dense = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) * 0.02 for _ in range(4)]
-            inputs = {m: torch.randn(m, k, device="cuda", dtype=torch.bfloat16) for m in rows}
+            dense = [draw(n, k) * 0.02 for _ in range(4)]
+            inputs = {m: draw(m, k) for m in rows}
             base = {
                 m: measure([functools.partial(F.linear, x, w) for w in dense], 12 if m > 64 else 24) for m, x in inputs.items()
             }
