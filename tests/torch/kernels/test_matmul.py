@@ -293,7 +293,7 @@ def test_quantized_inputs(text, given):
 
 def test_tiles_of_codes_fit():
     for m in (1, 5, 16, 17, 64, 65, 128, 129, 256, 384, 400, 1024, 5000):
-        for n, k in ((14336, 4096), (4096, 14336), (64, 64), (336, 16), (28672, 8192)):
+        for n, k in ((14336, 4096), (4096, 14336), (64, 64), (336, 16), (28672, 8192), (512, 131072)):
             c = tables.codes(m, n, k)
             assert c.splits <= max(k // c.BK, 1) and c.stages * (c.BM + c.BN) * c.BK <= 227 * 1024
             assert c.BM * c.BN <= 64 * 32 * c.warps * 2

@@ -145,7 +145,7 @@ def codes(m: int, n: int, k: int) -> Codes:
     """Return the tile for the codes of x [m, k] times those of W [n, k]."""
     columns = -(-n // 128)
     if m <= 64:
-        splits = next(s for s in (1, 2, 4, 8, 16) if columns * s >= ENOUGH or 16 * 256 * s > k)
+        splits = next((s for s in (1, 2, 4, 8, 16) if columns * s >= ENOUGH or 16 * 256 * s > k), 16)
         return Codes(64, 128, 256, 3, 4, 8, splits) if m <= 16 or splits > 1 else Codes(64, 128, 128, 6, 4)
     if m <= 128 and columns >= ENOUGH:
         return Codes(128, 128, 128, 4, 4)
