@@ -106,6 +106,23 @@ def test_decoded_matrices_are_the_law_s(text, dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("text", ["e2m1[16]~*e4m3[...]*f32", "e2m1[32]~*e8m0"])
+def test_scales_that_are_no_numbers(text):
+    from modelopt.torch.kernels.matmul import triton_decode
+
+    parts, offsets = stacked(2, 256, 512, text, "cuda"), offsets_of([40, 40], "cuda")
+    parts[1].view(torch.uint8)[0, 3, 2] = 0x7F if "e4m3" in text else 255
+    got = triton_decode.decoded(offsets, parts, parse(text), 256, 512, torch.bfloat16)
+    want = kernels.dequantize([p[0] for p in parts], text, (256, 512), torch.bfloat16)
+    assert want.isnan().sum() == parse(text).block.sizes((256, 512))[-1]
+    assert torch.equal(got[0].isnan(), want.isnan()) and torch.equal(got[0].nan_to_num(), want.nan_to_num())
+    x = torch.randn(80, 512, device="cuda", dtype=torch.bfloat16)
+    assert kernels.explain_grouped(x, parts, text, 256) == "tiles"
+    y = kernels.quantized_grouped_linear(x, offsets, parts, text, 256)
+    assert y[:40, 3].isnan().all() and y.isnan().sum() == 40
+
+
+@pytest.mark.gpu
 def test_paths_by_rows():
     parts = stacked(4, 256, 512, "e4m3[1,...]*f32", "cuda")
     for rows, given, path in ((8, "", "few"), (64, "", "tiles"), (4096, "", "dequantize"), (4096, "e4m3[-1]~*f32", "codes")):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from modelopt.numerics import Format
 from modelopt.torch.kernels.matmul.plan import kind_of
-from modelopt.torch.kernels.matmul.triton_grouped import values_of
+from modelopt.torch.kernels.matmul.triton_grouped import NAN, values_of
 
 THREADS = 128
 RUNS = 4
@@ -78,9 +78,10 @@ def _decode(
         zero = tl.load(z_ptr + cell, mask=here, other=0).to(tl.int32) if KIND == "u4" else 0
         if SCALE == "e8m0":
             c = raw.to(tl.int32)
-            scale = tl.where(c == 0, 0x00400000, c << 23).to(tl.float32, bitcast=True)
+            scale = tl.where(c == 0, 0x00400000, tl.where(c == 255, NAN, c << 23)).to(tl.float32, bitcast=True)
         elif SCALE == "e4m3":
-            scale = ((raw.to(tl.int32) & 0x7F) << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36 * top
+            c = raw.to(tl.int32) & 0x7F
+            scale = tl.where(c == 0x7F, NAN, c << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36 * top
         else:
             scale = raw.to(tl.float32)
         # in the order of the codes once it is flat: the last joined is the first bit of the number of a code

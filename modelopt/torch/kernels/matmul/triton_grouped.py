@@ -15,6 +15,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+NAN = tl.constexpr(0x7FC00000)  # bits of a float32
+
 
 @triton.jit
 def values_of(code, zero, KIND: tl.constexpr):
@@ -47,9 +49,10 @@ def _per_group(pointer, row_n, k0, S_ROW, top, live, ROWS: tl.constexpr, G: tl.c
         s = raw.to(tl.int32)
     elif SCALE == "e8m0":
         c = raw.to(tl.int32)
-        s = tl.where(c == 0, 0x00400000, c << 23).to(tl.float32, bitcast=True)
+        s = tl.where(c == 0, 0x00400000, tl.where(c == 255, NAN, c << 23)).to(tl.float32, bitcast=True)
     elif SCALE == "e4m3":
-        s = ((raw.to(tl.int32) & 0x7F) << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36 * top
+        c = raw.to(tl.int32) & 0x7F
+        s = tl.where(c == 0x7F, NAN, c << 20).to(tl.float32, bitcast=True) * 1.329227995784916e36 * top
     else:
         s = raw.to(tl.float32)
     if G < BK:
