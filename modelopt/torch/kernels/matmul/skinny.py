@@ -141,11 +141,11 @@ def choose(
     heavy = _scaled(read, True) == 2
     found: list[tuple[float, tables.Skinny]] = []
     for wk, wr, splits in itertools.product(tables.ALONG_K, tables.ALONG_ROWS, (1,) if experts else (1, 2, 4, 8)):
-        warps, mine = wk * wr, steps // (wk * splits)
-        if not 4 <= warps <= (28 if heavy and m == 1 else 16) or steps % (wk * splits):
+        warps, mine, uneven = wk * wr, math.ceil(steps / (wk * splits)), steps % (wk * splits) > 0
+        if not 4 <= warps <= (28 if heavy and m == 1 else 16) or wk * splits > steps or uneven and steps >= tables.MANY_STEPS:
             continue
         for stage, depth in tables.STAGES[0 if warps > 16 else 4 if read.each == 32 else 8]:
-            if mine % stage or mine < stage * depth:
+            if (mine % stage and not uneven) or mine < stage * depth:
                 continue
             c = tables.Skinny(1, wk, wr, stage, depth, splits)
             launch = planned(read, m, n, k, False, stype, max(k // read.group, 1), (0, 0), experts, c)
@@ -154,7 +154,7 @@ def choose(
             fit = min(memory[1] // (launch.shared + 2048), 48 // warps, 20)
             each = launch.grid[0] * splits * max(experts, 1) / processors
             rounds = math.ceil(each / fit)
-            even = each / math.ceil(each) if each <= fit else each / fit / rounds
+            even = (each / math.ceil(each) if each <= fit else each / fit / rounds) * steps / (wk * splits * mine)
             active = min(fit, math.ceil(each)) * warps
             target = tables.WARPS[heavy]
             score = (
@@ -162,7 +162,10 @@ def choose(
                 - 0.02 * math.ceil(each)
                 - 0.001 * max(target - active, (active - target) / 4 - 1)
             )
-            found.append((score - 0.5 * (splits > 1) - 0.1 * (rounds > 1) - 0.06 * (stage * depth < 4) - 0.1 * (stage == 1), c))
+            score -= 0.5 * (splits > 1) + 0.1 * (rounds > 1) + 0.06 * (stage * depth < 4) + 0.1 * (stage == 1)
+            if steps < tables.MANY_STEPS:  # latency is all: few steps in a row, blocks on every processor
+                score = -0.35 * mine - 0.3 * max(each - 1, 0) - 0.02 * warps - 0.5 * (splits > 1)
+            found.append((score, c))
             break
     return max(found, key=lambda f: f[0])[1] if found else None
 

@@ -50,6 +50,7 @@ ONE_STAGES = {  # (S, DEPTH) that `one.cu` prefers, by the codes
 }
 ALONG_K = (1, 2, 4, 7, 8, 14, 16)
 ALONG_ROWS = (1, 2, 4, 7, 8, 14)
+MANY_STEPS = 16  # of K, from which the warps of `skinny.cu` have equally many
 WARPS = {False: 14, True: 28}  # a multiprocessor's that hide the unpacking; True: scales meet the weights, twice the instructions
 STAGES = {  # (S, DEPTH) to try in this order, by the bits of a code; 0: more than 16 warps
     4: ((4, 2), (2, 2), (4, 1), (2, 1), (1, 2), (1, 1)),
