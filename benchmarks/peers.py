@@ -76,8 +76,13 @@ def gemlite_cases() -> dict[str, Callable[[Tensor], Layer]]:
 PEERS = {"torchao": torchao_cases, "gemlite": gemlite_cases}
 
 
-def rows_of(shapes: tuple[tuple[int, int], ...], rows: tuple[int, ...], only: tuple[str, ...] = ()) -> list[dict[str, Any]]:
-    """Measure every peer that can be imported; a case that fails has the reason instead of a time."""
+def rows_of(
+    shapes: tuple[tuple[int, int], ...],
+    rows: tuple[int, ...],
+    only: tuple[str, ...] = (),
+    keep: Callable[[list[dict[str, Any]]], None] = lambda records: None,
+) -> list[dict[str, Any]]:
+    """Measure every peer that can be imported; a case that fails has the reason instead of a time. `keep` takes what is there."""
     found: list[dict[str, Any]] = []
     random = torch.Generator("cuda").manual_seed(0)  # not the default one, which a capture that fails leaves unusable
     draw = functools.partial(torch.randn, device="cuda", dtype=torch.bfloat16, generator=random)
@@ -100,6 +105,7 @@ def rows_of(shapes: tuple[tuple[int, int], ...], rows: tuple[int, ...], only: tu
                 if only and not any(part in name for part in only):
                     continue
                 found += _case(name, make, dense, inputs, base)
+                keep(found)
     return found
 
 
@@ -154,12 +160,18 @@ def main() -> None:
     chosen = options.parse_args()
     torch.manual_seed(0)
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}")
-    records = rows_of(SHAPES, tuple(chosen.rows or ROWS), tuple(chosen.case or ()))
+
+    def write(records: list[dict[str, Any]]) -> None:
+        if chosen.json:
+            with open(chosen.json, "w") as file:
+                json.dump(
+                    {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "records": records}, file, indent=1
+                )
+
+    records = rows_of(SHAPES, tuple(chosen.rows or ROWS), tuple(chosen.case or ()), write)
     if chosen.nvidia_modelopt:
         records += nvidia_modelopt(chosen.nvidia_modelopt, chosen.size, chosen.format or [])
-    if chosen.json:
-        with open(chosen.json, "w") as file:
-            json.dump({"device": torch.cuda.get_device_name(), "torch": torch.__version__, "records": records}, file, indent=1)
+    write(records)
 
 
 if __name__ == "__main__":
