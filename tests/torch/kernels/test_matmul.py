@@ -128,12 +128,14 @@ def test_columns_are_a_multiple_of_32():
     for text, k, ragged in (
         ("i4[64]*f32", 576, True),
         ("i4[64]*f32", 640, False),
+        ("i4[128]*f32", 576, True),
+        ("e4m3[128,128]*f32", 576, False),
         ("e2m1[32]~*e8m0", 96, True),
         ("e4m3[...]*f32", 96, True),
     ):
         read = plan(parse(text), 576, k)
         assert isinstance(read, Plan) and read.ragged == ragged
-    for text, k in (("i4[128]*f32", 576), ("i4[16]*f32", 80), ("i8[1,...]*f32", 72)):
+    for text, k in (("i4[64]*f32", 608), ("i4[16]*f32", 80), ("i8[1,...]*f32", 72)):
         assert isinstance(plan(parse(text), 576, k), str)
 
 
@@ -229,18 +231,18 @@ def test_kernels_multiply_what_the_law_says(text):
                 assert torch.equal(got, kernels.quantized_linear(x, parts, text, n, b))  # in one order, every time
 
 
-RAGGED = [f for f in FORMATS if "128]" not in f]
-
-
 @pytest.mark.gpu
-@pytest.mark.parametrize("text", RAGGED)
-def test_columns_that_end_within_a_step(text):
-    for n, k in ((576, 576), (192, 576), (40, 96), (8, 32)):
-        if k % min(parse(text).block.sizes((n, k))[1], k):
+@pytest.mark.parametrize("text", [*FORMATS, "i4[256]*f32"])
+def test_columns_that_end_within_a_step_or_a_block(text):
+    from modelopt.torch.kernels.matmul.plan import plan
+
+    for n, k in ((576, 576), (192, 576), (256, 640), (40, 96), (8, 32)):
+        if isinstance(plan(parse(text), n, k), str):
+            assert k == 96  # blocks of 64 and 96 columns
             continue
         parts = packed(n, k, text, "cuda")
         weight = values(parts, text, n, k).double()
-        for m in (1, 2, 8, 9):
+        for m in (1, 2, 8, 9, 16, 40):
             x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
             name = kernels.explain_linear(x, parts, text, n)
             assert m > 8 or name == "few", (n, k, m, name)

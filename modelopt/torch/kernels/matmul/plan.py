@@ -56,8 +56,10 @@ def plan(fmt: Format, n: int, k: int) -> Plan | str:
     fits = 2 * group == each or (group % each == 0 and (group % (4 * each) == 0 or (4 * each) % group == 0))
     if kind == "u4" and group < each:
         return f"blocks of {group} columns with zero points are less than the {each} of a thread"
-    if k % group or not fits:
+    if not fits:
         return f"blocks of {group} columns do not divide a step of {4 * each}"
+    if k % group and group % (4 * each):  # a last block that is short, within a step of several
+        return f"blocks of {group} columns do not divide rows of {k}"
     return Plan(kind, scale, group, rows, each, post, factor, ragged)
 
 
