@@ -75,11 +75,20 @@ def linear_table(data: Record) -> str:
 
 def generate_table(data: Record) -> str:
     """Return tokens per second, a line for each model and scheme."""
-    records = data["records"]
-    keys = [k for k in records[0] if isinstance(records[0][k], int | float)]
-    names = [k for k in records[0] if k not in keys]
-    body = [[*(str(r[k]) for k in names), *("" if r.get(k) is None else f"{r[k]:.4g}" for k in keys)] for r in records]
-    return table([*names, *(k.replace("_", " ") for k in keys)], body)
+    dense = {r["model"]: r["graph"] for r in data["records"] if r["scheme"] == "bf16"}
+    body = []
+    for r in data["records"]:
+        ratio = r["graph"] / dense[r["model"]]
+        body.append([r["model"], r["scheme"], f"{r['GiB']:.2f}", f"{r['graph']:.1f}", f"{ratio:.2f}", f"{r['generate']:.1f}"])
+    return table(["model", "weights", "memory, GiB", "tokens/s, graph", "over bf16", "tokens/s, generate"], body)
+
+
+def peers_table(data: Record) -> str:
+    """Return the ratios to bf16 of other libraries' products, and below the rates of others' fake quantization."""
+    products = [{**r, "ratio": r.get("ratio", float("nan"))} for r in data["records"] if "N" in r]
+    parts = [linear_table({"records": products}).replace("nan", "fails")]
+    others = [[r["case"], f"{r['us']:.0f}", f"{r['TB/s']:.2f}"] for r in data["records"] if "TB/s" in r]
+    return "\n\n".join([*parts, table(["16384 x 16384 bf16", "us", "TB/s"], others)] if others else parts)
 
 
 def kernels_figure(data: Record) -> str:
@@ -168,6 +177,7 @@ TABLES: dict[str, Callable[[Record], str]] = {
     "linear_large": linear_table,
     "experts": linear_table,
     "generate": generate_table,
+    "peers": peers_table,
 }
 
 
