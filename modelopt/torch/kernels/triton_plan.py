@@ -123,8 +123,16 @@ def layout(shape: tuple[int, ...], sizes: tuple[int, ...], whole: bool = False, 
 
 
 @functools.lru_cache(maxsize=4096)
-def shortened(plan: Layout, fmt: Format, found: bool, codes: bool = False, rotated: bool = False) -> Layout:
+def shortened(
+    plan: Layout, fmt: Format, found: bool, codes: bool = False, rotated: bool = False, clipped: bool = False
+) -> Layout:
     """Return the tiling with what measurements on an H200 favour for `fmt` (`found`: the program finds the ranges itself)."""
+    if clipped:  # two tensors are read
+        return replace(plan, G=64) if plan.form == "flat" and plan.W == 16 else plan
+    if codes and plan.form == "columns" and plan.W > 128:
+        rows = plan.G * plan.W // 128
+        plan = replace(plan, G=rows, W=128, block=128, parts=-(-plan.width // 128))
+        return replace(plan, steps=COLUMN_STEPS if plan.count >= 64 * rows else 1)
     if codes and fmt.element.bits < 8:
         plan = replace(plan, least=8)  # reads only are in half sectors
     if found and fmt.rule == "46":

@@ -54,6 +54,15 @@ template <class T> T __shfl_xor_sync(unsigned, T v, int h) {
     __syncwarp();
     return other;
 }
+template <class T> T __shfl_sync(unsigned, T v, unsigned from) {
+    unsigned* mine = lanes[threadIdx.x / 32];
+    memcpy(mine + threadIdx.x % 32, &v, 4);
+    __syncwarp();
+    T other;
+    memcpy(&other, mine + from % 32, 4);
+    __syncwarp();
+    return other;
+}
 inline unsigned __reduce_max_sync(unsigned mask, unsigned v) {
     for (int h = 1; h < 32; h *= 2) v = max(v, __shfl_xor_sync(mask, v, h));
     return v;

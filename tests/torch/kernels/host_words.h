@@ -27,6 +27,7 @@ inline u32 __dp2a_lo(u32 a, u32 b, u32 c) { return c + (a & 0xffff) * (b & 255) 
 inline u32 __dp2a_hi(u32 a, u32 b, u32 c) { return __dp2a_lo(a, b >> 16, c); }
 
 inline u32 bytes(u32 a, u32 b, u32 which) { return __byte_perm(a, b, which & 0x7777); }
+inline u32 signs_of_bytes(u32 a, u32 b, u32 which) { return (bytes(a, b, which) >> 7 & 0x01010101) * 255; }
 
 #ifdef BF16
 inline float widen(u32 half) { return __uint_as_float(half << 16); }
@@ -49,12 +50,18 @@ inline u32 narrow(float f, bool cut) {
 }
 #endif
 
+inline float fma_within(float a, float b, float c) { return min(max(fmaf(a, b, c), 0.0f), 1.0f); }
+
 template <class F> u32 each(u32 a, u32 b, F f) { return (f(a & 0xffff, b & 0xffff) & 0xffff) | f(a >> 16, b >> 16) << 16; }
 inline u32 above(u32 a, u32 b) { return each(a, b, [](u32 x, u32 y) { return widen(x) > widen(y) ? 0xffffu : 0u; }); }
 inline u32 not_a_number(u32 a) { return each(a, a, [](u32 x, u32) { return std::isnan(widen(x)) ? 0xffffu : 0u; }); }
 inline u32 magnitude(u32 a) { return a & 0x7fff7fff; }
 inline u32 larger(u32 a, u32 b) {
     return each(a, b, [](u32 x, u32 y) { return widen(x) != widen(x) || widen(x) > widen(y) ? x : y; });
+}
+inline u32 within(u32 a, u32 low, u32 high) {
+    a = each(a, low, [](u32 x, u32 y) { return widen(x) > widen(y) ? x : y; });
+    return each(a, high, [](u32 x, u32 y) { return widen(x) < widen(y) ? x : y; });
 }
 inline u32 halves(float low, float high) { return narrow(low, false) | narrow(high, false) << 16; }
 inline u32 cut(float x) { return narrow(x, true) * 0x10001u; }

@@ -28,7 +28,7 @@ def compiled(fmt: Format, dtype: torch.dtype, found: bool, codes: bool, ahead: i
     if name == "sixes":
         given, arguments = constants.of_sixes(fmt, dtype, found, block), "x, out, (unsigned char*)scales, amax, count"
     else:
-        given = constants.of_nibbles(fmt, dtype, found, codes, block)
+        given = getattr(constants, f"of_{name}")(fmt, dtype, found, codes, block)
         arguments = "x, out, scales, outer, amax, top, count"
     options = dict(given) | {"AHEAD": str(ahead)}
     body = subbyte.source(name).partition("\n#define WORDS")  # after the words in assembly
@@ -98,6 +98,7 @@ def ranges(x, fmt):
         ("e2m1[16]*e4m3[...]*f32", torch.float16),
         ("e2m1[128]*f32", torch.bfloat16),
         ("nf4[64]*f32", torch.bfloat16),
+        ("nf4[16]~*f32", torch.float16),
         ("e3m2[32]~*e8m0", torch.bfloat16),
         ("e2m3[64]*e8m0:nearest", torch.float16),
     ],
@@ -105,7 +106,7 @@ def ranges(x, fmt):
 def test_equal_to_the_law(text, dtype, ahead, tmp_path):
     torch.manual_seed(0)
     fmt = parse(text)
-    four = constants.family(fmt) == "nibbles"
+    four = constants.family(fmt) != "sixes"
     kernels = {codes: compiled(fmt, dtype, fmt.dynamic, codes, ahead, tmp_path) for codes in ((True, False) if four else (True,))}
     sign = 1 << (fmt.element.bits - 1) if fmt.element.kind == "float" else 0
     for x in inputs(dtype):

@@ -226,6 +226,6 @@ def _prepared(
     plan = planning.layout(tuple(shape), fmt.block.sizes(shape) if len(shape) else (), found)
     if isinstance(plan, str):
         return None
-    plan = planning.shortened(plan, fmt, found, rotated=rotate > 0)
+    plan = planning.shortened(plan, fmt, found, rotated=rotate > 0, clipped=clip)
     constants = plan.constants | planning.scale_constants(fmt, device, given) | {"FIND": found, "CLIP": clip, "ROTATE": rotate}
     return Launch(_fake_quantize, plan.programs[0], plan.arguments, constants)

@@ -1,6 +1,7 @@
 """Codes of four and six bits from float16 and bfloat16, two values to an instruction: E2M1 and NF4, E3M2 and E2M3.
 
-    nibbles.cu  fake_quantize and quantize of E2M1 (scales f32, or E4M3 with one f32; rule 46 too) and NF4 (scales f32)
+    nibbles.cu  fake_quantize and quantize of E2M1 (scales f32, or E4M3 with one f32; rule 46 too)
+    normal.cu   fake_quantize and quantize of NF4 (scales f32)
     sixes.cu    quantize of E3M2 and E2M3 with e8m0 scales
 
 CUDA C++, compiled at run time. What they do not serve is left to Triton (`why_not`). Formulas: constants.py.
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from modelopt.numerics import Format, parse
 from modelopt.torch.kernels.matmul import cuda
-from modelopt.torch.kernels.subbyte.constants import THREADS, TYPES, family, faster, of_nibbles, of_sixes
+from modelopt.torch.kernels.subbyte.constants import THREADS, TYPES, family, faster, of_nibbles, of_normal, of_sixes
 
 _BLOCKS = (16, 32, 64, 128, 256, 512)
 
@@ -95,9 +96,9 @@ def _prepared(
     if name == "sixes":
         given = of_sixes(fmt, dtype, found, block)
     else:
-        given = of_nibbles(fmt, dtype, found, codes, block)
+        given = (of_nibbles if name == "nibbles" else of_normal)(fmt, dtype, found, codes, block)
     options = dict(given)
-    buffers = 2 if int(options["AHEAD"]) else 0 if codes and name == "nibbles" else 1
+    buffers = 2 if int(options["AHEAD"]) else 0 if codes and name != "sixes" else 1
     shared = 2 * int(options["EACH"]) * THREADS * buffers
     count = math.prod(shape) // int(options["EACH"])
     most = torch.cuda.get_device_properties(device).multi_processor_count * int(options["RESIDENT"])
@@ -107,5 +108,6 @@ def _prepared(
 
 @functools.cache
 def source(name: str) -> str:
-    """Return the source of a kernel, "nibbles" or "sixes"."""
-    return "".join(pathlib.Path(__file__).with_name(f"{part}.cu").read_text() for part in ("words", "halves", name))
+    """Return the source of a kernel, "nibbles", "normal" or "sixes"."""
+    parts = ("words", "halves", *(("borders",) if name == "nibbles" else ()), name)
+    return "".join(pathlib.Path(__file__).with_name(f"{part}.cu").read_text() for part in parts)

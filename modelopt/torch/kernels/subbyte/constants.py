@@ -4,9 +4,9 @@
     T               RN(x / s) > b is x / s > b + u/2 (u: the step of float32 above b; >= where b is odd), so T is s (b + u/2)
                     rounded down: one fused multiply-add and one conversion, both with directed rounding
 
-A block has 7 such numbers (E2M1, of |x|) or 15 (NF4), and 3 or 4 comparisons find a code. An E2M1 tie belongs to the even code:
-RN(x / s) >= b where that is the upper one. For rule 46 both codes are found, and the difference of the squared errors comes from
-exact integer sums; where it is too small for that, from the law's operations.
+A block of E2M1 has 7 such numbers (of |x|), and 3 comparisons find a code. A tie belongs to the even code: RN(x / s) >= b where
+that is the upper one. NF4 looks codes up: a piece of [-1, 1] has at most one border (`pieces`). For rule 46 both codes are found,
+and the difference of the squared errors comes from exact integer sums; where it is too small for that, from the law's operations.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _RULES = {"up": 0, "nearest": 1, "floor": 2}
 
 
 def family(fmt: Format) -> str | None:
-    """Return the kernel for `fmt`, "nibbles" or "sixes", or None."""
+    """Return the kernel for `fmt`, "nibbles", "normal" or "sixes", or None."""
     e, inner = fmt.element.name, fmt.scale
     if fmt.zero is not None:
         return None
@@ -34,21 +34,21 @@ def family(fmt: Format) -> str | None:
     two = isinstance(inner, Format) and inner.element.name == "e4m3" and str(inner.scale) == "f32" and inner.block.whole
     if e == "e2m1" and (two or str(inner) == "f32"):
         return "nibbles"
-    return "nibbles" if e == "nf4" and str(inner) == "f32" else None
+    return "normal" if e == "nf4" and str(inner) == "f32" else None
 
 
 def faster(fmt: Format, codes: bool) -> bool:
     """Return whether the kernel for `fmt` is faster than Triton's, as measured on an H200 (six bits: as counted)."""
-    return codes or (fmt.element.name == "e2m1" and isinstance(fmt.scale, Format) and not fmt.dynamic)
+    static = fmt.element.name == "e2m1" and isinstance(fmt.scale, Format) and not fmt.dynamic
+    return codes or static or fmt.element.name == "nf4"
 
 
 def of_nibbles(fmt: Format, dtype: torch.dtype, found: bool, codes: bool, block: int) -> Definitions:
     """Return the definitions for `nibbles.cu`; `found`: the kernel finds the ranges."""
     e, six = fmt.element, found and fmt.rule == "46"
-    edges = borders(e)
     each = 16 if block == 16 else 32
-    values = [v for v in sorted(e.table().tolist()) if v > 0 or e.name == "nf4"]
-    resident = (5 if codes and not six else 4) if each == 16 else 4 if e.name == "nf4" and codes else 3
+    values = [v for v in sorted(e.table().tolist()) if v > 0]
+    resident = (5 if codes and not six else 4) if each == 16 else 3
     return _defined(
         _shared(e, dtype, found, block, each, resident)
         | {
@@ -56,15 +56,51 @@ def of_nibbles(fmt: Format, dtype: torch.dtype, found: bool, codes: bool, block:
             "TWO": int(isinstance(fmt.scale, Format)),
             "SIX": int(six),
             "TOP": _literal(_top(fmt)),
-            "COUNT": len(edges),
-            "BORDER": _list([_literal(b) for b, _, _, _ in edges]),
-            "STEP": _list([_literal(h) for _, h, _, _ in edges]),
-            "CLOSED": _list([str(int(c)) for _, _, c, _ in edges]),
-            "REACH": _list([str(int(r)) for _, _, _, r in edges]),
-            "CODED": _list([_literal(v) for v in (values if e.name == "nf4" else [0.0, *values])]),
-            "SIGNED": int(e.name != "nf4"),
+            "CODED": _list([_literal(v) for v in [0.0, *values]]),
+        }
+        | of_borders(e)
+    )
+
+
+def of_borders(e: Element) -> dict[str, object]:
+    """Return the definitions for `borders.cu`."""
+    edges = borders(e)
+    return {
+        "COUNT": len(edges),
+        "BORDER": _list([_literal(b) for b, _, _, _ in edges]),
+        "STEP": _list([_literal(h) for _, h, _, _ in edges]),
+        "CLOSED": _list([str(int(c)) for _, _, c, _ in edges]),
+        "REACH": _list([str(int(r)) for _, _, _, r in edges]),
+    }
+
+
+def of_normal(fmt: Format, dtype: torch.dtype, found: bool, codes: bool, block: int) -> Definitions:
+    """Return the definitions for `normal.cu`."""
+    border, code = pieces(fmt.element)
+    table = sorted(fmt.element.table().tolist())
+    each = 16 if block == 16 else 32
+    return _defined(
+        _shared(fmt.element, dtype, found, block, each, 5 if codes else 4)
+        | {
+            "CODES": int(codes),
+            "BORDER": _list([_literal(b) for b in border]),
+            "CODE": _list([str(c) for c in code]),
+            "CODED": _list([_literal(table[c]) for c in code]),
         }
     )
+
+
+def pieces(e: Element) -> tuple[list[float], list[int]]:
+    """Return (border, code by place) for the 32 pieces of [-1, 1] whose numbers round to 0, ... 31 when brought to [0, 31].
+
+    Place i is the lower end of piece i; a number beyond the border of its piece (2^100 if it has none) goes with the next place.
+    No border lies near an end of a piece (tested), so that rounding may put a number into a neighbouring one.
+    """
+    table = torch.tensor(sorted(e.table().tolist()))
+    middles = (table[1:] + table[:-1]) / 2
+    piece = torch.round(middles * 15.5 + 15.5).tolist()
+    border = [next((b for b, p in zip(middles.tolist(), piece, strict=True) if p == i), 2.0**100) for i in range(32)]
+    return border, [sum(p < i for p in piece) for i in range(32)]
 
 
 def of_sixes(fmt: Format, dtype: torch.dtype, found: bool, block: int) -> Definitions:
@@ -116,11 +152,7 @@ def _list(items: list[str]) -> str:
 
 
 def borders(e: Element) -> list[tuple[float, float, bool, bool]]:
-    """Return for every border (b, half of the step beside it, whether x / s = b + half passes, whether RN(x / s) = b does)."""
-    if e.name == "nf4":
-        table = torch.tensor(sorted(e.table().tolist()))
-        middles = ((table[1:] + table[:-1]) / 2).tolist()
-        return [(b, _above(b) / 2, _odd(b), False) for b in middles]
+    """Return for every border of E2M1 (b, half the step beside it, whether x / s = b + half passes, whether RN(x / s) = b)."""
     values = sorted(v for v in e.table().tolist() if v > 0)
     middles = [(a + b) / 2 for a, b in zip([0.0, *values], values, strict=False)]
     upper = [i % 2 == 1 for i in range(len(middles))]
@@ -135,7 +167,3 @@ def _above(value: float) -> float:
     """Return the distance of a float32 that is not zero to the next larger one."""
     bits = _bits(abs(value)) + (1 if value > 0 else -1)
     return abs(float(struct.unpack("<f", struct.pack("<i", bits))[0]) - abs(value))
-
-
-def _odd(value: float) -> bool:
-    return bool(_bits(abs(value)) & 1)

@@ -6,14 +6,6 @@
 #define VECTORS (EACH / 8)
 #define INFINITE 0x7f800000u
 
-#ifdef BF16
-#define HALF_INFINITE 0x7f80u
-#else
-#define HALF_INFINITE 0x7c00u
-#endif
-
-__device__ __forceinline__ u32 pick(u32 mask, u32 a, u32 b) { return (mask & a) | (~mask & b); }
-
 __device__ __forceinline__ float low_of(u32 pair) { return widen(pair & 0xffffu); }
 
 __device__ __forceinline__ float high_of(u32 pair) {

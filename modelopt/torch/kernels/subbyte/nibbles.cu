@@ -1,15 +1,11 @@
-// Four-bit codes of float16 and bfloat16 by comparison: x / s > b means x > T for one T of the type of x, since division is
-// monotone. T is found once for a block, and two neighbours are compared at once. See constants.py for the formulas.
+// E2M1 codes and values of float16 and bfloat16, by comparison.
 //
-// Constants besides those of `halves.cu`: FIND (the block's amax is found here), CODES (else values), TWO (an E4M3 scale with a
-// scale of the tensor, from its amax over TOP), SIX (rule 46); COUNT borders BORDER with the halves of the step above or below
-// them STEP, CLOSED and REACH; CODED, the values by code; SIGNED (the codes are of magnitudes, with a sign).
+// Constants besides those of `halves.cu` and `borders.cu`: FIND (the block's amax is found here), CODES (else values), TWO (an E4M3 scale with a
+// scale of the tensor, from its amax over TOP), SIX (rule 46); CODED, the values by code.
 
 #define EIGHTS (EACH / 8)
-#define DEEP (COUNT == 15)
 
-__device__ constexpr float border[COUNT] = BORDER, step[COUNT] = STEP, coded[COUNT + 1] = CODED;
-__device__ constexpr bool closed[COUNT] = CLOSED, reach[COUNT] = REACH;
+__device__ constexpr float coded[COUNT + 1] = CODED;
 
 // Quotient and rounding of the scale of a block; `calm` says that neither the tensor's scale nor what it divides is extreme.
 struct Outer {
@@ -48,79 +44,6 @@ __device__ __forceinline__ float scale_of(float amax, const Outer& o, u32& code)
 #endif
 }
 
-// The largest half, as both halves of a word, whose quotient does not pass border i: by division, for any scale.
-__device__ __noinline__ u32 searched(float s, float b, bool equal_passes) {
-    u32 low = 0xffffu - (HALF_INFINITE | 0x8000u), high = 0x8000u + HALF_INFINITE;  // keys in the order of the numbers
-    while (low < high) {
-        const u32 key = (low + high + 1) >> 1;
-        const float q = __fdiv_rn(widen(key & 0x8000u ? key ^ 0x8000u : 0xffffu - key), s);
-        if (equal_passes ? q >= b : q > b) high = key - 1;
-        else low = key;
-    }
-    const u32 half = low & 0x8000u ? low ^ 0x8000u : 0xffffu - low;
-    return half * 0x10001u;
-}
-
-__device__ __forceinline__ void thresholds(float s, u32 (&t)[COUNT]) {
-    if (__float_as_uint(s) - 0x0d800000u < 0x6e000000u) {  // 2^-100 to 2^120: no product below is inexact for its size
-#pragma unroll
-        for (int i = 0; i < COUNT; i++) {
-            const float far = __fmul_rn(s, step[i] < 0.0f ? -step[i] : step[i]), h = step[i] < 0.0f ? -far : far;
-            const u32 at = __float_as_uint(closed[i] ? __fmaf_ru(s, border[i], h) : __fmaf_rd(s, border[i], h));
-#if defined(BF16) && !DEEP
-            if (i >= 4) t[i] = t[i == 6 ? 2 : i - 2] + (i == 6 ? 0x1000100u : 0x800080u);  // 2.5, 3.5, 5: exponents above
-            else
-#endif
-            if (border[i] > 0.0f) t[i] = cut(__uint_as_float(at - closed[i]));
-            else t[i] = cut(__uint_as_float(at - !closed[i])) + 0x10001u;
-        }
-    } else {
-#pragma unroll
-        for (int i = 0; i < COUNT; i++) t[i] = searched(s, border[i], reach[i]);
-    }
-}
-
-// Codes of eight values given as the pairs (0, 4), (1, 5), (2, 6), (3, 7): nibble i is that of value i; its highest bit is the
-// sign of the value with SIGN, else zero where the code has three bits.
-template <bool SIGN>
-__device__ __forceinline__ u32 eight(const u32* p, const u32 (&t)[COUNT], u32* top) {
-    u32 word = 0;
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-        const u32 x = SIGNED ? magnitude(p[j]) : p[j];
-        u32 m0, m1, m2;
-#if DEEP
-        const u32 m3 = above(x, t[7]);
-        m2 = above(x, pick(m3, t[11], t[3]));
-        m1 = above(x, pick(m2, pick(m3, t[13], t[5]), pick(m3, t[9], t[1])));
-        const u32 upper = pick(m2, pick(m3, t[14], t[6]), pick(m3, t[10], t[2]));
-        m0 = above(x, pick(m1, upper, pick(m2, pick(m3, t[12], t[4]), pick(m3, t[8], t[0]))));
-        top[j] = m3;
-#else
-        m2 = above(x, t[3]);
-        m1 = above(x, pick(m2, t[5], t[1]));
-        m0 = above(x, pick(m1, pick(m2, t[6], t[2]), pick(m2, t[4], t[0])));
-#endif
-        if (SIGN && !DEEP) {  // at the upper ends of both halves, where the signs are
-            u32 bits = pick(0x20002000u, m1, m0);
-            bits = pick(0x80008000u, p[j], pick(0x40004000u, m2, bits));
-            word = pick(0xf000f000u, bits, word >> 4);
-        } else {
-            u32 bits = (m2 & 0x40004u) | (m1 & 0x20002u) | (m0 & 0x10001u);
-#if DEEP
-            if (SIGN) bits |= m3 & 0x80008u;
-#endif
-            word = j ? bits * (1u << 4 * j) + word : bits;
-        }
-    }
-    return word;
-}
-
-__device__ __forceinline__ void pair_up(const u32* w, u32* p) {
-    p[0] = bytes(w[0], w[2], 0x5410), p[1] = bytes(w[0], w[2], 0x7632);
-    p[2] = bytes(w[1], w[3], 0x5410), p[3] = bytes(w[1], w[3], 0x7632);
-}
-
 // The values of all codes, low bytes and high bytes, four to a word.
 struct Table {
     u32 low[(COUNT + 1) / 4], high[(COUNT + 1) / 4];
@@ -137,19 +60,11 @@ __device__ __forceinline__ Table table_of(float s) {
     return v;
 }
 
-__device__ __forceinline__ void look_up(const Table& v, u32 word, const u32* top, u32* out) {
-#if DEEP
-    const u32 first = pick(0x00ff00ffu, top[0], top[1]), second = pick(0x00ff00ffu, top[2], top[3]);
-#endif
+__device__ __forceinline__ void look_up(const Table& v, u32 word, u32* out) {
 #pragma unroll
     for (int k = 0; k < 2; k++) {
         const u32 which = k ? word >> 16 : word;
-        u32 low = bytes(v.low[0], v.low[1], which), high = bytes(v.high[0], v.high[1], which);
-#if DEEP
-        const u32 mask = bytes(first, second, k ? 0x7632 : 0x5410);
-        low = pick(mask, bytes(v.low[2], v.low[3], which), low);
-        high = pick(mask, bytes(v.high[2], v.high[3], which), high);
-#endif
+        const u32 low = bytes(v.low[0], v.low[1], which), high = bytes(v.high[0], v.high[1], which);
         out[2 * k] = bytes(low, high, 0x5140), out[2 * k + 1] = bytes(low, high, 0x7362);
     }
 }
@@ -183,7 +98,7 @@ __device__ __noinline__ float error_of(Block b, float s) {
 
 // Codes under the better of two scales; `s` and `code` become those of the choice.
 __device__ __forceinline__ void better(const u32* w, float amax, const Outer& o, float& s, u32& code, u32* word) {
-    u32 other_code, t6[COUNT], t4[COUNT], word6[EIGHTS], word4[EIGHTS], unused[4];
+    u32 other_code, t6[COUNT], t4[COUNT], word6[EIGHTS], word4[EIGHTS], sign[EIGHTS];
     const float other = scale_of(__fmul_rn(amax, 1.5f), o, other_code);
     thresholds(s, t6), thresholds(other, t4);
     const u32 exponent = __float_as_uint(amax) & INFINITE;
@@ -193,11 +108,12 @@ __device__ __forceinline__ void better(const u32* w, float amax, const Outer& o,
     for (int e = 0; e < EIGHTS; e++) {
         u32 p[4], x[4];
         pair_up(w + 4 * e, p);
-        word6[e] = eight<false>(p, t6, unused), word4[e] = eight<false>(p, t4, unused);
+        word6[e] = eight(p, t6), word4[e] = eight(p, t4), sign[e] = signs(p);
 #pragma unroll
         for (int j = 0; j < 4; j++) {
             const float a = fabsf(low_of(w[4 * e + j])), b = fabsf(high_of(w[4 * e + j]));
-            x[j] = bytes(__float_as_uint(__fmaf_rn(a, k, 8388608.0f)), __float_as_uint(__fmaf_rn(b, k, 8388608.0f)), 0x5410);
+            // 0x4b00 and 0xb500, the upper half of 2^23 as a float and what is added to the upper integer, add up to 2^16
+            x[j] = __float_as_uint(__fmaf_rn(b, k, 8388608.0f + 0xb500)) * 65536 + __float_as_uint(__fmaf_rn(a, k, 8388608.0f));
         }
         sums(word6[e], x, square6, product6), sums(word4[e], x, square4, product4);
     }
@@ -220,16 +136,7 @@ __device__ __forceinline__ void better(const u32* w, float amax, const Outer& o,
     }
     s = four ? other : s, code = four ? other_code : code;
 #pragma unroll
-    for (int e = 0; e < EIGHTS; e++) word[e] = four ? word4[e] : word6[e];
-}
-
-__device__ __forceinline__ u32 signs(const u32* w) {  // of eight values, as the highest bits of nibbles
-    u32 p[4];
-    pair_up(w, p);
-    u32 word = p[0] & 0x80008000u;
-#pragma unroll
-    for (int j = 1; j < 4; j++) word = pick(0x80008000u, p[j], word >> 4);
-    return word & 0x88888888u;
+    for (int e = 0; e < EIGHTS; e++) word[e] = (four ? word4[e] : word6[e]) | sign[e];
 }
 #endif
 
@@ -271,10 +178,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) nibbles(
         const float amax = piece < pieces ? amax_in[piece / SHARE] : 1.0f;
 #endif
         float s = scale_of(amax, o, code);
-#if CODES && !DEEP
+#if CODES
         const bool odd = false;  // a NaN is below all borders, and so is everything under a scale that is not finite
 #else
-        const bool odd = !(s > 0.0f && s < __uint_as_float(INFINITE)) || ((DEEP || !FIND) && any_nan(w));
+        const bool odd = !(s > 0.0f && s < __uint_as_float(INFINITE)) || (!FIND && any_nan(w));
 #endif
 #if SIX
         better(w, amax, o, s, code, word);
@@ -285,20 +192,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) nibbles(
 #if CODES
 #pragma unroll
         for (int e = 0; e < EIGHTS; e++) {
-#if SIX
-            word[e] |= signs(w + 4 * e);
-#else
-            u32 p[4], top[4];
+#if !SIX
+            u32 p[4];
             pair_up(w + 4 * e, p);
-            word[e] = eight<true>(p, t, top);
-#if DEEP
-            if (odd) {  // NaN has the code of zero
-                const bool all = !(s < __uint_as_float(INFINITE));
-                u32 bad = 0;
-                for (int j = 3; j >= 0; j--) bad = (bad << 4) | ((all ? 0xffffffffu : not_a_number(p[j])) & 0x000f000fu);
-                word[e] = pick(bad, 0x77777777u, word[e]);
-            }
-#endif
+            word[e] = eight(p, t) | signs(p);
 #endif
         }
         if (piece < pieces) {
@@ -317,17 +214,18 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) nibbles(
         const Table v = table_of(s);
 #pragma unroll
         for (int e = 0; e < EIGHTS; e++) {
-            u32 y[4], top[4];
+            u32 y[4];
 #if !SIX
             u32 p[4];
             pair_up(w + 4 * e, p);
-            word[e] = eight<false>(p, t, top);
+            word[e] = eight(p, t);
 #endif
-            look_up(v, word[e], top, y);
+            look_up(v, word[e], y);
 #pragma unroll
-            for (int j = 0; j < 4; j++) {
-                if (SIGNED) y[j] |= w[4 * e + j] & 0x80008000u;
-                if (odd) y[j] |= not_a_value(w[4 * e + j], s);
+            for (int j = 0; j < 4; j++) y[j] |= w[4 * e + j] & 0x80008000u;
+            if (odd) {
+#pragma unroll
+                for (int j = 0; j < 4; j++) y[j] |= not_a_value(w[4 * e + j], s);
             }
             mine[place(lane * VECTORS + e)] = make_uint4(y[0], y[1], y[2], y[3]);
         }

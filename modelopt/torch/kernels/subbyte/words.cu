@@ -15,6 +15,9 @@ __device__ __forceinline__ u32 bytes(u32 a, u32 b, u32 which) {
     return d;
 }
 
+// Bytes of ones or zeros as the signs of four bytes of a and b; `which` as above with 8 added to each number.
+__device__ __forceinline__ u32 signs_of_bytes(u32 a, u32 b, u32 which) { return bytes(a, b, which); }
+
 __device__ __forceinline__ u32 above(u32 a, u32 b) {  // ones in each half of a that is larger than that of b
     u32 d;
     asm("set.gt.u32." TYPE " %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
@@ -39,6 +42,12 @@ __device__ __forceinline__ u32 larger(u32 a, u32 b) {  // NaN wins
     return d;
 }
 
+__device__ __forceinline__ u32 within(u32 a, u32 low, u32 high) {
+    u32 d;
+    asm("{ .reg .b32 t; max." TYPE " t, %1, %2; min." TYPE " %0, t, %3; }" : "=r"(d) : "r"(a), "r"(low), "r"(high));
+    return d;
+}
+
 __device__ __forceinline__ u32 halves(float low, float high) {
     u32 d;
     asm("cvt.rn." TYPE ".f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
@@ -48,6 +57,12 @@ __device__ __forceinline__ u32 halves(float low, float high) {
 __device__ __forceinline__ u32 cut(float x) {  // toward zero, in both halves
     u32 d;
     asm("cvt.rz." TYPE ".f32 %0, %1, %1;" : "=r"(d) : "f"(x));
+    return d;
+}
+
+__device__ __forceinline__ float fma_within(float a, float b, float c) {  // limited to [0, 1]
+    float d;
+    asm("fma.rn.sat.f32 %0, %1, %2, %3;" : "=f"(d) : "f"(a), "f"(b), "f"(c));
     return d;
 }
 
