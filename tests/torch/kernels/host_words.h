@@ -26,8 +26,12 @@ inline u32 __dp4a(u32 a, u32 b, u32 c) {
 inline u32 __dp2a_lo(u32 a, u32 b, u32 c) { return c + (a & 0xffff) * (b & 255) + (a >> 16) * (b >> 8 & 255); }
 inline u32 __dp2a_hi(u32 a, u32 b, u32 c) { return __dp2a_lo(a, b >> 16, c); }
 
-inline u32 bytes(u32 a, u32 b, u32 which) { return __byte_perm(a, b, which & 0x7777); }
-inline u32 signs_of_bytes(u32 a, u32 b, u32 which) { return (bytes(a, b, which) >> 7 & 0x01010101) * 255; }
+inline u32 bytes(u32 a, u32 b, u32 which) {
+    const u32 taken = __byte_perm(a, b, which & 0x7777), signs = (taken >> 7 & 0x01010101) * 255;
+    u32 out = 0;
+    for (int i = 0; i < 4; i++) out |= (which >> (4 * i + 3) & 1 ? signs : taken) & 255u << 8 * i;
+    return out;
+}
 
 #ifdef BF16
 inline float widen(u32 half) { return __uint_as_float(half << 16); }
@@ -58,6 +62,11 @@ inline u32 not_a_number(u32 a) { return each(a, a, [](u32 x, u32) { return std::
 inline u32 magnitude(u32 a) { return a & 0x7fff7fff; }
 inline u32 larger(u32 a, u32 b) {
     return each(a, b, [](u32 x, u32 y) { return widen(x) != widen(x) || widen(x) > widen(y) ? x : y; });
+}
+inline u32 largest_magnitude(const u32* words, int n) {
+    u32 most = magnitude(words[0]);
+    for (int i = 1; i < n; i++) most = larger(most, magnitude(words[i]));
+    return larger(most, bytes(most, most, 0x1032));
 }
 inline u32 within(u32 a, u32 low, u32 high) {
     a = each(a, low, [](u32 x, u32 y) { return widen(x) > widen(y) ? x : y; });

@@ -19,8 +19,9 @@ from modelopt.numerics import reference as law
 from modelopt.torch.kernels.hadamard import cuda, fused, reference
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")]
-HEADER = pathlib.Path(__file__).with_name("host_cuda.h")
-BY_HEADER = ("fetch(", "fetch_group(", "fetched(", "larger(", "smaller(", "to_e4m3(", "from_e4m3(")
+HEADERS = {words: pathlib.Path(__file__).with_name(f"host_{name}.h") for words, name in ((False, "cuda"), (True, "words"))}
+WORDS = "../subbyte/words.cu"
+BY_HEADER = ("fetch(", "fetch_group(", "fetched(", "larger(", "smaller(", "from_e4m3(")
 IN_ASSEMBLY = {
     r'asm\("rcp[^;]*;" : "=f"\((.*?)\) : "f"\((.*?)\)\);': r"\1 = 1.0f / \2;",
     r'asm\("cvt.rn.bf16x2[^;]*;" : "=r"\(word\).*?\);\n': "word = bfloat16(first) | bfloat16(second) << 16;\n",
@@ -33,7 +34,7 @@ IN_ASSEMBLY = {
 
 def host_source(files: tuple[str, ...]) -> str:
     """The device's source with what the header stands in for taken out."""
-    text = cuda.source(*files)
+    text = cuda.source(*(name for name in files if name != WORDS))
     for name in BY_HEADER:
         text = re.sub(
             r"(template <int pending> )?__device__ __forceinline__ \w+ " + re.escape(name) + r"(.*\}\n|.*?\n\}\n)", "", text
@@ -50,7 +51,7 @@ def run(how: cuda.Plan, folder: pathlib.Path, *arguments: torch.Tensor | int | N
     given = ", ".join(f"({t})a{i}" if t == "int" else f"Any{{a{i}}}" for i, t in enumerate(types))
     declared = ", ".join(f"{t} a{i}" for i, t in enumerate(types))
     constants = "".join(f"#define {name} {value}\n" for name, value in how.constants)
-    code = f'#include "{HEADER}"\n{constants}{host_source(how.files)}\n'
+    code = f'{constants}#include "{HEADERS[WORDS in how.files]}"\n{host_source(how.files)}\n'
     code += "struct Any { void* p; template <class T> operator T*() const { return (T*)p; } };\n"
     code += f'extern "C" void run(int count, {declared}) {{ launch(count, {how.threads}, [=] {{ {how.name}({given}); }}); }}\n'
     (folder / "kernel.cpp").write_text(code)
@@ -62,7 +63,15 @@ def run(how: cuda.Plan, folder: pathlib.Path, *arguments: torch.Tensor | int | N
 
 @pytest.mark.parametrize(
     ("size", "count", "dtype", "signs"),
-    [(256, 75, torch.bfloat16, 0), (1024, 9, torch.float32, -1), (5120, 2, torch.float32, 1), (24, 700, torch.bfloat16, 0)],
+    [
+        (256, 75, torch.bfloat16, 0),
+        (1024, 9, torch.float32, -1),
+        (5120, 2, torch.float32, 1),
+        (24, 700, torch.bfloat16, 0),
+        (2048, 5, torch.bfloat16, 0),
+        (16384, 2, torch.bfloat16, 1),
+        (14336, 3, torch.bfloat16, -1),
+    ],
 )
 def test_transform(size, count, dtype, signs, tmp_path):
     x = torch.randn(count, size).to(dtype)
@@ -84,6 +93,11 @@ def test_transform(size, count, dtype, signs, tmp_path):
         ("e4m3[-1]~*f32", 256, (5, 1536), True, True),
         ("e2m1[16]~*e4m3[...]*f32", 64, (9, 1152), True, True),
         ("i4[128]*f32", 128, (9, 1152), False, False),
+        ("i4[128]*f32", 128, (9, 1152), True, False),
+        ("e2m1[32]~*e8m0", 32, (9, 1152), True, True),
+        ("i8[64]~*e8m0", 64, (9, 1152), True, True),
+        ("i8[1,...]*f32", 128, (7, 1152), True, False),
+        ("e4m3[-1]~*f32", 256, (5, 1536), False, True),
     ],
 )
 def test_transform_and_rounding(text, size, shape, codes, found, tmp_path):

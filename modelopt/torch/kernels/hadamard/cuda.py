@@ -41,8 +41,8 @@ def why_not(x: Tensor, size: int) -> str | None:
 
 @functools.cache
 def source(*names: str) -> str:
-    """Return the CUDA C++ of some files of this folder, one after another."""
-    return "\n".join(pathlib.Path(__file__).with_name(name).read_text() for name in names)
+    """Return the CUDA C++ of some files, given by their paths from this folder, one after another."""
+    return "\n".join((pathlib.Path(__file__).parent / name).read_text() for name in names)
 
 
 @dataclass(frozen=True, eq=False)  # plans are cached, and found by identity
@@ -79,13 +79,18 @@ def _rows(size: int, each: int, inverse: bool, common: tuple[tuple[str, str], ..
     if bits < 5:
         count = max(count // 16, 1) * 16  # whole pieces in groups of eight
     tile = size * count
-    columns = 0 if m == 1 else (count << bits) // (1 if m == 28 or bits == 0 else 2)
-    threads = min(512, -(-max(tile // 32, columns) // 32) * 32)
+    own = 6 if each == 8 and bits >= 6 and tile >= _TILE else 5
+    columns = 0 if m == 1 else (count << bits) // (1 if (m == 28 and own == 5) or bits == 0 else 2)
+    threads = -(-tile // (32 << own)) * 32
+    if own == 5:
+        threads = min(512, max(threads, -(-columns // 32) * 32))
+    elif threads < columns:  # as many as divide the columns
+        threads = -(-columns // (32 * -(-columns // (threads * 8 // 7)))) * 32
     shared = tile * (4 + 16 // each)
-    registers = 80 if m == 20 else 64
+    registers = 112 if own == 6 else 80 if m == 20 else 64
     resident = max(1, min(_REGISTERS // (threads * registers), SHARED // (shared + 1024)))
-    first, second, last = stages(bits, m > 1)
-    numbers = {"M": m, "BITS": bits, "MIDDLE_1": first, "MIDDLE_2": second, "LAST": last, "COUNT": count}
+    first, second, last = stages(bits, m > 1, own)
+    numbers = {"OWN_BITS": own, "M": m, "BITS": bits, "MIDDLE_1": first, "MIDDLE_2": second, "LAST": last, "COUNT": count}
     numbers |= {"THREADS": threads, "RESIDENT": resident}
     signs = "0"
     if m > 1:
@@ -95,21 +100,21 @@ def _rows(size: int, each: int, inverse: bool, common: tuple[tuple[str, str], ..
     return Plan("rows", ("values.cu", "rows.cu"), constants, threads, shared, tile, resident)
 
 
-def stages(bits: int, matrix_follows: bool) -> tuple[int, int, int]:
-    """Return how many bits beyond the lowest five the passes through shared memory transform: two in the middle and the last.
+def stages(bits: int, matrix_follows: bool, own: int = 5) -> tuple[int, int, int]:
+    """Return how many bits beyond the lowest `own` the passes through shared memory transform: two in the middle and the last.
 
-    The last pass stores to the tensor, and does so the faster the fewer bits it transforms (three: four neighbours at once).
+    The last pass stores to the tensor, and does so the faster the fewer bits it transforms (own - 2: four neighbours at once).
 
-    >>> stages(9, False), stages(10, False), stages(14, False), stages(9, True)
-    ((0, 0, 4), (2, 0, 3), (5, 0, 4), (4, 0, 0))
+    >>> stages(9, False), stages(10, False), stages(14, False), stages(14, False, 6), stages(9, True)
+    ((0, 0, 4), (2, 0, 3), (5, 0, 4), (4, 0, 4), (4, 0, 0))
     """
-    rest = max(bits - 5, 0)
+    rest, four = max(bits - own, 0), own - 2
     if matrix_follows:
         return min(rest, 5), max(rest - 5, 0), 0
     if rest <= 4:
         return 0, 0, rest
-    if rest <= 8:
-        return rest - 3, 0, 3
+    if rest <= four + 5:
+        return rest - four, 0, four
     return 5, 0, rest - 5
 
 

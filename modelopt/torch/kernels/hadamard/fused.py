@@ -20,8 +20,10 @@ from modelopt.torch.kernels.choice import forced
 from modelopt.torch.kernels.hadamard.cuda import LARGEST_BLOCK, SHARED, TYPES, Plan, launch, loaded
 from modelopt.torch.kernels.hadamard.reference import scale
 from modelopt.torch.kernels.matmul import cuda
+from modelopt.torch.kernels.subbyte.constants import of_borders
 
-_FILES = ("values.cu", "tiles.cu", "rounding.cu", "rounded.cu")
+_FILES = ("values.cu", "tiles.cu", "../subbyte/words.cu", "rounding.cu", "rounded.cu")
+_ROOM = {0: 0, 2: 311, 3: 287}  # pieces of 16 bytes in which the lanes of a warp exchange their neighbours
 _WARPS = 8
 _OWN = 32  # values of a thread
 _RULES = {"up": 0, "nearest": 1, "floor": 2}
@@ -81,19 +83,34 @@ def plan(shape: torch.Size, dtype: torch.dtype, size: int, text: str, codes: boo
     if any(b != 1 for b in sizes[:-1]) or dims[-1] % group or (group != 16 and group % _OWN) or group // _OWN >= 2**31:
         return f"scales of blocks of {sizes} in {dims}"
     kind, each = TYPES[dtype]
+    across = _across(size, group, each, codes, fmt.element.bits)
     per_warp = 2 * 32 * _OWN // each * 16
+    per_warp += max(_ROOM[across] * 16 - per_warp // 2, 0)
     row = found and (group > 1024 or group & (group - 1) != 0)
     warps = -(-group // 1024) if row else _WARPS
-    if row and (group % size or warps > 32 or warps * per_warp > SHARED):
+    if row and (group % size or warps > 32 or warps * per_warp + 256 > SHARED):
         return f"the range of rows of {group}"
     most = 1 << (warps - 1).bit_length()  # one compilation for rows of one power-of-two class
-    resident = min(32 // most, (SHARED - 1024) // (most * per_warp + 1024))
+    resident = min((32 if codes or row else 24) // most, (SHARED - 1024) // (most * per_warp + 1024))
     kept = group if group <= _OWN or (found and not row) else 0
     constants |= {kind: 1, "SIZE": size, "SCALE": f"{float.hex(scale(size))}f", "CODES": int(codes), "FIND": int(found)}
     constants |= {"GROUP": kept, "ROW": int(row), "WARPS": most, "RESIDENT": max(resident, 1)}
+    constants |= {"ACROSS": across, "ROOM": _ROOM[across]} | (
+        of_borders(fmt.element) if each == 8 and codes and "FLOAT" in constants else {}
+    )
     named = tuple((name, str(value)) for name, value in constants.items())
     tile = group if row else 1024 * warps
-    return Plan("rounded", _FILES, named, 32 * warps, warps * per_warp, tile, max(resident, 1)), max(group // _OWN, 1)
+    files = (*_FILES[:3], "../subbyte/borders.cu", *_FILES[3:]) if "COUNT" in constants else _FILES
+    return Plan("rounded", files, named, 32 * warps, warps * per_warp + 256 * row, tile, max(resident, 1)), max(group // _OWN, 1)
+
+
+def _across(size: int, group: int, each: int, codes: bool, bits: int) -> int:
+    """Return how many bits of the index lanes bring into a thread through shared memory; 0: they exchange values one by one.
+
+    It takes fewer instructions, but a thread then has neighbours of the whole block, which must share a scale.
+    """
+    across = max(size.bit_length() - 1 - 5, 0)
+    return across if across > 1 and each == 8 and group % size == 0 and not (codes and bits == 4 and across == 3) else 0
 
 
 def format_constants(fmt: Format, codes: bool) -> dict[str, Any] | None:

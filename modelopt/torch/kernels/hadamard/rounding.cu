@@ -23,12 +23,7 @@ __device__ __forceinline__ float smaller(float a, float b) {
     return c;
 }
 
-// Two E4M3 codes in 16 bits from two values, and back.
-__device__ __forceinline__ u32 to_e4m3(float first, float second) {
-    unsigned short codes;
-    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %2, %1;" : "=h"(codes) : "f"(first), "f"(second));
-    return codes;
-}
+// Two values from E4M3 codes in 16 bits.
 __device__ __forceinline__ void from_e4m3(u32 codes, float& first, float& second) {
     asm("{ .reg .b32 t; .reg .b16 a, b; cvt.rn.f16x2.e4m3x2 t, %2; mov.b32 {a, b}, t; cvt.f32.f16 %0, a; cvt.f32.f16 %1, b; }"
         : "=f"(first), "=f"(second) : "h"((unsigned short)codes));
@@ -78,16 +73,23 @@ __device__ __forceinline__ Scale scale_of(float amax, float outer) {
     s.value = ratio == 0.0f ? 1.0f : ratio;
     s.stored = __float_as_uint(s.value);
 #endif
-    const u32 bits = __float_as_uint(s.value), exponent = bits >> 23 & 0xff;
-    const bool gone = MASKED ? exponent == 255 : bits == 0x7f800000u;
-    s.before = gone ? (MASKED ? 1.0f : 0.0f) : exponent < 67 ? POWER(64) : exponent > 187 ? POWER(-64) : 1.0f;
-    s.divisor = gone ? 1.0f : __fmul_rn(s.value, s.before);
+    bool gone = false;
+    s.before = 1.0f, s.divisor = s.value;
+    if (!(s.value > 0x1p-60f && s.value < 0x1p60f)) {
+        const u32 bits = __float_as_uint(s.value), exponent = bits >> 23 & 0xff;
+        gone = MASKED ? exponent == 255 : bits == 0x7f800000u;
+        s.before = gone ? (MASKED ? 1.0f : 0.0f) : exponent < 67 ? POWER(64) : exponent > 187 ? POWER(-64) : 1.0f;
+        s.divisor = gone ? 1.0f : __fmul_rn(s.value, s.before);
+    }
     const float reach = gone && MASKED ? 0.0f : s.divisor;
     s.low = __fmul_rn(E_MIN, reach), s.high = __fmul_rn(E_MAX, reach);
     asm("rcp.rn.f32 %0, %1;" : "=f"(s.r) : "f"(s.divisor));
     s.rest = __fmaf_rn(-s.divisor, s.r, 1.0f);
 #ifdef F32
     s.rest = __fmul_rn(s.rest, s.r);
+#elif defined(E4M3)  // toward zero: then a r + a rest keeps the sign of a zero
+    if (s.rest < 0.0f) s.r = __uint_as_float(__float_as_uint(s.r) - 1), s.rest = __fmaf_rn(-s.divisor, s.r, 1.0f);
+    s.rest = __fmul_rn(s.rest, __fmul_rn(s.r, 1.0000001192092896f));  // 1 + 2^-23
 #else
     s.rest = __fmul_rn(s.rest, __fmul_rn(s.r, 0.9999998807907104f));  // 1 - 2^-23
 #endif
@@ -117,7 +119,7 @@ __device__ __forceinline__ float quotient(float x, const Scale& s) {
 #ifdef F32
     q = __fmaf_rn(__fmaf_rn(-s.divisor, q, a), s.r, q);
 #endif
-#ifdef E4M3
+#if defined(E4M3) && defined(F32)
     q = __uint_as_float((__float_as_uint(q) & 0x7fffffffu) | (__float_as_uint(a) & 0x80000000u));  // the sign of zero
 #endif
     return q;
@@ -147,48 +149,50 @@ template <int N> __device__ __forceinline__ void round_values(float* v, const Sc
     }
 }
 
+#ifdef INT
+#define START (MAGIC + (BITS == 4 && E_MIN < 0 ? 8.0f : 0.0f))
+
+// The codes of eight integers, given as the bits of their sums with START.
+__device__ __forceinline__ void join(const u32* bits, u32* words) {
+#if BITS == 4
+    u32 word = bits[7];
+#pragma unroll
+    for (int i = 6; i >= 0; i--) word = word * 16 + bits[i];
+    word -= 0x3f400000u;  // what eight times the bits of MAGIC have left
+    words[0] = E_MIN < 0 ? word ^ 0x88888888u : word;
+#else
+#pragma unroll
+    for (int i = 0; i < 8; i += 4)
+        words[i / 4] = __byte_perm(__byte_perm(bits[i], bits[i + 1], 0x0040), __byte_perm(bits[i + 2], bits[i + 3], 0x0040), 0x5410);
+#endif
+}
+#endif
+
 // The codes of eight values as one word (BITS 4) or two, the first in the lowest bits. There is no NaN but for E4M3.
 __device__ __forceinline__ void round_codes(const float* v, const Scale& s, u32* words) {
-#if BITS == 4
-#ifdef INT
-    const float start = MAGIC + (E_MIN < 0 ? 8.0f : 0.0f);
+    float q[8];
+#pragma unroll
+    for (int i = 0; i < 8; i++) q[i] = quotient(v[i], s);
+#if defined(INT)
+    u32 bits[8];
+#pragma unroll
+    for (int i = 0; i < 8; i++) bits[i] = __float_as_uint(__fadd_rn(q[i], START));
+    join(bits, words);
+#elif defined(E4M3)
+#pragma unroll
+    for (int i = 0; i < 8; i += 4) words[i / 4] = to_e4m3(q[i], q[i + 1]) | to_e4m3(q[i + 2], q[i + 3]) << 16;
 #else
     const float step = POWER(127 - MIN_EXP + MBITS);  // codes are concave in q: the least of three lines
-#endif
     u32 word = 0;
 #pragma unroll
     for (int i = 7; i >= 0; i--) {
-        const float q = quotient(v[i], s);
-#ifdef INT
-        const u32 code = __float_as_uint(__fadd_rn(q, start));
-#else
-        const float line = fminf(__fmaf_rn(q, step, MAGIC), __fmaf_rn(q, step / 2, MAGIC + (1 << MBITS)));
-        const u32 code = __float_as_uint(fminf(line, __fmaf_rn(q, step / 4, MAGIC + 2 * (1 << MBITS))));
-#endif
+        const float line = fminf(__fmaf_rn(q[i], step, MAGIC), __fmaf_rn(q[i], step / 2, MAGIC + (1 << MBITS)));
+        const u32 code = __float_as_uint(fminf(line, __fmaf_rn(q[i], step / 4, MAGIC + 2 * (1 << MBITS))));
         word = i == 7 ? code : word * 16 + code;
     }
-    word -= 0x3f400000u;  // what eight times the bits of MAGIC have left
-#ifdef INT
-    if (E_MIN < 0) word ^= 0x88888888u;
-#else
+    word -= 0x3f400000u;
 #pragma unroll
     for (int i = 0; i < 8; i++) word |= (__float_as_uint(v[i]) >> (28 - 4 * i)) & (8u << 4 * i);
-#endif
     words[0] = word;
-#else
-#pragma unroll
-    for (int i = 0; i < 8; i += 4) {
-        float q[4];
-#pragma unroll
-        for (int j = 0; j < 4; j++) q[j] = quotient(v[i + j], s);
-#ifdef INT
-        u32 bits[4];
-#pragma unroll
-        for (int j = 0; j < 4; j++) bits[j] = __float_as_uint(__fadd_rn(q[j], MAGIC));
-        words[i / 4] = __byte_perm(__byte_perm(bits[0], bits[1], 0x0040), __byte_perm(bits[2], bits[3], 0x0040), 0x5410);
-#else
-        words[i / 4] = to_e4m3(q[0], q[1]) | to_e4m3(q[2], q[3]) << 16;
-#endif
-    }
 #endif
 }

@@ -1,30 +1,32 @@
 // The Walsh-Hadamard transform of blocks of M 2^BITS neighbours, by thread blocks that hold a tile of whole blocks in shared memory.
 //
-// Bits 0 to 4 of the index are transformed by threads that have 32 neighbours, then MIDDLE_1 and MIDDLE_2 bits, then LAST bits or the
-// matrix H_M: 32 values of a thread at a time, between them a pass through shared memory, and the next tile is copied there
+// The lowest OWN_BITS bits of the index are transformed by threads that have so many neighbours, then MIDDLE_1 and MIDDLE_2 bits, then
+// LAST bits or the matrix H_M: 2^OWN_BITS values of a thread at a time, between them a pass through shared memory, and the next tile is copied there
 // meanwhile. Each sum is one float32 addition. Rows of H_M are summed up from the 8 sums that 4 neighbours can have.
-// Constants: those of values.cu; M, BITS, MIDDLE_1, MIDDLE_2, LAST, COUNT (blocks of a tile), SCALE, SIGNS (0: none, 1: before, -1:
+// Constants: those of values.cu; OWN_BITS, 5 or 6; M, BITS, MIDDLE_1, MIDDLE_2, LAST, COUNT (blocks of a tile), SCALE, SIGNS (0: none, 1: before, -1:
 // after the transform), THREADS, RESIDENT (thread blocks of a multiprocessor), ROWS (of H_M: bit j set where entry j is -1).
 
 #define SIZE (M << BITS)
 #define TILE (SIZE * COUNT)
-#define OWN 32
+#define OWN (1 << OWN_BITS)
 #define PIECES (OWN / VALUES)
 
 #if M > 1
 __device__ constexpr u32 matrix[M] = {ROWS};
 #endif
 
-// Element e lies in piece slot(e / 4): of the float32 sums each 32 neighbours are pieces in an order of their own, the exclusive or of
-// their number and the bits 5 to 7 of e. `Place` finds elements that differ in bits from LOW on, with few instructions each.
+// Of the float32 sums each 32 neighbours are pieces in an order of their own, the exclusive or of their number and what `turn` makes of
+// the bits above, so that neither 8 neighbours nor 8 pieces OWN apart share a bank. `Place` finds elements that differ in bits from LOW on, with few instructions each.
+__device__ constexpr u32 turn(u32 e) { return (OWN_BITS == 5 ? e >> 5 : e >> 5 ^ e >> 8) & 7; }
+
 template <int LOW> struct Place {
     float* row;
     u32 column;
     // The places of e + (i << LOW), where bits that i has are 0 in e.
-    __device__ __forceinline__ Place(float* sums, u32 e) : row(sums + (e & ~31u)), column((e & 31) ^ ((e >> 5 & 7) << 2)) {}
+    __device__ __forceinline__ Place(float* sums, u32 e) : row(sums + (e & ~31u)), column((e & 31) ^ (turn(e) << 2)) {}
     __device__ __forceinline__ float* operator()(int i) const {
         const int more = i << LOW;
-        return row + (more & ~31) + (column ^ (more & 31) ^ ((more >> 5 & 7) << 2));
+        return row + (more & ~31) + (column ^ (more & 31) ^ (turn(more) << 2));
     }
 };
 
@@ -87,7 +89,7 @@ template <int B, int SHIFT> __device__ __forceinline__ void butterflies(float* v
             }
 }
 
-// Transform the lowest bits, at most five, of the tile in `raw`, and leave float32 sums.
+// Transform the lowest bits, at most OWN_BITS, of the tile in `raw`, and leave float32 sums.
 __device__ __forceinline__ void first_bits(const uint4* raw, float* sums, const float* signs) {
 #pragma unroll 1
     for (u32 c = threadIdx.x; c < TILE / OWN; c += THREADS) {
@@ -98,7 +100,7 @@ __device__ __forceinline__ void first_bits(const uint4* raw, float* sums, const 
 #pragma unroll
             for (int i = 0; i < OWN; i++) v[i] = __fmul_rn(v[i], __ldg(signs + (c * OWN + i) % SIZE));
         }
-        constexpr int bits = BITS < 5 ? BITS : 5;
+        constexpr int bits = BITS < OWN_BITS ? BITS : OWN_BITS;
         const Place<2> place(sums, c * OWN);
 #pragma unroll
         for (int i = 0; i < OWN; i += 1 << bits) butterflies<bits, 0>(v + i);
@@ -107,10 +109,10 @@ __device__ __forceinline__ void first_bits(const uint4* raw, float* sums, const 
     }
 }
 
-// Transform B bits above the lowest LOW; a thread has as many neighbours as fill 32 values, at most four.
+// Transform B bits above the lowest LOW; a thread has as many neighbours as fill its values, at most four.
 template <int LOW, int B, bool FINAL>
 __device__ __forceinline__ void next_bits(float* sums, element* y, const float* signs, u64 left) {
-    constexpr int S = B >= 5 ? 0 : B == 4 ? 1 : 2, N = 1 << S;
+    constexpr int S = B + 2 > OWN_BITS ? OWN_BITS - B : 2, N = 1 << S;
 #pragma unroll 1
     for (u32 item = threadIdx.x; item < TILE >> (B + S); item += THREADS) {
         const u32 e = (item >> (LOW - S) << (LOW + B)) + ((item & ((1u << (LOW - S)) - 1)) << S);
@@ -131,7 +133,7 @@ __device__ __forceinline__ void next_bits(float* sums, element* y, const float* 
 }
 
 #if M > 1
-#define SIDE (M == 28 || BITS == 0 ? 1 : 2)  // columns of a thread: two neighbours are stored as one, where registers allow it
+#define SIDE (OWN_BITS == 5 && M == 28 || BITS == 0 ? 1 : 2)  // columns of a thread: two neighbours are stored as one, where registers allow it
 
 // Multiply by H_M; a thread has SIDE neighbours of each of the M parts.
 __device__ __forceinline__ void multiply(float* sums, element* y, const float* signs, u64 left) {
@@ -146,7 +148,7 @@ __device__ __forceinline__ void multiply(float* sums, element* y, const float* s
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 const u32 at = e + (j + i << BITS);
-                load<SIDE>(v[i], BITS >= 8 ? place(j + i) : sums + slot(at >> 2) * 4 + (at & 3));
+                load<SIDE>(v[i], BITS >= (COUNT == 1 ? 5 : 3 * OWN_BITS - 7) ? place(j + i) : sums + (at & ~31) + ((at & 31) ^ turn(at) << 2));
             }
 #pragma unroll
             for (int k = 0; k < SIDE; k++) {
@@ -175,9 +177,16 @@ __device__ __forceinline__ void multiply(float* sums, element* y, const float* s
 #endif
 
 __device__ __forceinline__ void fetch_tile(uint4* raw, const uint4* x, u64 tile, u64 pieces) {
-    const u64 start = tile * (TILE / VALUES);
-#pragma unroll 4
-    for (u32 i = threadIdx.x; i < TILE / VALUES; i += THREADS) fetch(raw + slot(i), x + start + i, COUNT == 1 || start + i < pieces);
+    constexpr u32 all = TILE / VALUES;
+    const u64 start = tile * all;
+    const uint4* from = x + start + threadIdx.x;
+    const u32 first = slot(threadIdx.x);  // and THREADS further on as far away, where THREADS is a multiple of 64
+#pragma unroll
+    for (u32 k = 0; k < all; k += THREADS) {
+        const u32 i = k + threadIdx.x;
+        if (all % THREADS == 0 || i < all)
+            fetch(raw + (THREADS % 64 ? slot(i) : k + first), from + k, COUNT == 1 || start + i < pieces);
+    }
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) rows(
@@ -200,17 +209,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) rows(
         if ((tile + gridDim.x) * TILE < total) fetch_tile(raw, x, tile + gridDim.x, pieces);
         fetch_group();
         if constexpr (MIDDLE_1 > 0) {
-            next_bits<5, MIDDLE_1, false>(sums, out, signs, left);
+            next_bits<OWN_BITS, MIDDLE_1, false>(sums, out, signs, left);
             __syncthreads();
         }
         if constexpr (MIDDLE_2 > 0) {
-            next_bits<5 + MIDDLE_1, MIDDLE_2, false>(sums, out, signs, left);
+            next_bits<OWN_BITS + MIDDLE_1, MIDDLE_2, false>(sums, out, signs, left);
             __syncthreads();
         }
 #if M > 1
         multiply(sums, out, signs, left);
 #else
-        next_bits<5 + MIDDLE_1 + MIDDLE_2, LAST, true>(sums, out, signs, left);
+        next_bits<OWN_BITS + MIDDLE_1 + MIDDLE_2, LAST, true>(sums, out, signs, left);
 #endif
     }
 }

@@ -62,7 +62,7 @@ __device__ __forceinline__ u32 eight(const u32* p, const u32 (&t)[COUNT]) {
 
 // The signs of these values as the highest bits of their nibbles.
 __device__ __forceinline__ u32 signs(const u32* p) {
-    return (signs_of_bytes(p[0], p[2], 0xfbd9) & 0x08080808u) | (signs_of_bytes(p[1], p[3], 0xfbd9) & 0x80808080u);
+    return (bytes(p[0], p[2], 0xfbd9) & 0x08080808u) | (bytes(p[1], p[3], 0xfbd9) & 0x80808080u);
 }
 
 __device__ __forceinline__ void pair_up(const u32* w, u32* p) {

@@ -40,7 +40,7 @@ def family(fmt: Format) -> str | None:
 def faster(fmt: Format, codes: bool) -> bool:
     """Return whether the kernel for `fmt` is faster than Triton's, as measured on an H200 (six bits: as counted)."""
     static = fmt.element.name == "e2m1" and isinstance(fmt.scale, Format) and not fmt.dynamic
-    return codes or static or fmt.element.name == "nf4"
+    return codes or static or fmt.element.name == "nf4" or fmt.rule == "46"
 
 
 def of_nibbles(fmt: Format, dtype: torch.dtype, found: bool, codes: bool, block: int) -> Definitions:
@@ -55,6 +55,7 @@ def of_nibbles(fmt: Format, dtype: torch.dtype, found: bool, codes: bool, block:
             "CODES": int(codes),
             "TWO": int(isinstance(fmt.scale, Format)),
             "SIX": int(six),
+            "AHEAD": int(six),
             "TOP": _literal(_top(fmt)),
             "CODED": _list([_literal(v) for v in [0.0, *values]]),
         }

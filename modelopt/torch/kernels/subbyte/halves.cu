@@ -17,10 +17,7 @@ __device__ __forceinline__ float high_of(u32 pair) {
 }
 
 __device__ __forceinline__ float largest_of(const u32* w) {
-    u32 most = magnitude(w[0]);
-#pragma unroll
-    for (int i = 1; i < WORDS; i++) most = larger(most, magnitude(w[i]));
-    most = larger(most, bytes(most, most, 0x1032));
+    u32 most = largest_magnitude(w, WORDS);
 #if SHARE > 1
 #pragma unroll
     for (int i = 1; i < SHARE; i *= 2) most = larger(most, __shfl_xor_sync(0xffffffffu, most, i));

@@ -108,7 +108,7 @@ __device__ __forceinline__ void better(const u32* w, float amax, const Outer& o,
     for (int e = 0; e < EIGHTS; e++) {
         u32 p[4], x[4];
         pair_up(w + 4 * e, p);
-        word6[e] = eight(p, t6), word4[e] = eight(p, t4), sign[e] = signs(p);
+        word6[e] = eight(p, t6), word4[e] = eight(p, t4), sign[e] = CODES ? signs(p) : 0;
 #pragma unroll
         for (int j = 0; j < 4; j++) {
             const float a = fabsf(low_of(w[4 * e + j])), b = fabsf(high_of(w[4 * e + j]));

@@ -9,14 +9,11 @@ typedef unsigned long long u64;
 #define TYPE "f16x2"
 #endif
 
-__device__ __forceinline__ u32 bytes(u32 a, u32 b, u32 which) {
+__device__ __forceinline__ u32 bytes(u32 a, u32 b, u32 which) {  // a number plus 8: ones or zeros as the sign of that byte
     u32 d;
     asm("prmt.b32 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(which));
     return d;
 }
-
-// Bytes of ones or zeros as the signs of four bytes of a and b; `which` as above with 8 added to each number.
-__device__ __forceinline__ u32 signs_of_bytes(u32 a, u32 b, u32 which) { return bytes(a, b, which); }
 
 __device__ __forceinline__ u32 above(u32 a, u32 b) {  // ones in each half of a that is larger than that of b
     u32 d;
@@ -46,6 +43,14 @@ __device__ __forceinline__ u32 within(u32 a, u32 low, u32 high) {
     u32 d;
     asm("{ .reg .b32 t; max." TYPE " t, %1, %2; min." TYPE " %0, t, %3; }" : "=r"(d) : "r"(a), "r"(low), "r"(high));
     return d;
+}
+
+// The largest magnitude of n words of two, in both halves.
+__device__ __forceinline__ u32 largest_magnitude(const u32* words, int n) {
+    u32 most = magnitude(words[0]);
+#pragma unroll
+    for (int i = 1; i < n; i++) most = larger(most, magnitude(words[i]));
+    return larger(most, bytes(most, most, 0x1032));
 }
 
 __device__ __forceinline__ u32 halves(float low, float high) {
