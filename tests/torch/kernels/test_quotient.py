@@ -28,7 +28,7 @@ def fast(a: Fraction, s: Fraction) -> Fraction:
 
 
 def signed(a: Fraction, s: Fraction) -> Fraction:
-    """Return what `hadamard/rounding.cu` computes for E4M3 (1 <= s < 2): the reciprocal is rounded toward zero, the rest not negative."""
+    """Return what `hadamard/rounding.cu` computes for E4M3, 1 <= s < 2: with a reciprocal toward zero the rest is positive."""
     r = rounded(ONE / s)
     r = r - Fraction(1, 2**24) if s * r > 1 else r
     return rounded(a * r + rounded(a * rounded(rounded(1 - s * r) * rounded(r * (1 + Fraction(1, 2**23))))))
