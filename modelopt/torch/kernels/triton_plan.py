@@ -72,8 +72,24 @@ class Layout:
 
     @property
     def arguments(self) -> tuple[int, ...]:
-        """The run-time arguments of `triton_math.tile`."""
-        return (self.count, self.width, self.block, self.parts, self.blocks, self.inner, self.block_0, self.block_1, self.grid_1)
+        """The run-time arguments of `triton_math.tile`; widths in units of MULTIPLE elements."""
+        unit = self.unit
+        return (
+            self.count,
+            self.width // unit,
+            self.block // unit,
+            self.parts,
+            self.blocks,
+            self.inner,
+            self.block_0,
+            self.block_1,
+            self.grid_1,
+        )
+
+    @property
+    def unit(self) -> int:
+        """What rows and blocks are multiples of: 8 elements, which are read at once, or 1. One kernel serves all such widths."""
+        return 8 if self.width % 8 == 0 and self.block % 8 == 0 and max(self.width, self.block) < 2**31 else 1
 
     @property
     def warps(self) -> int:
@@ -83,7 +99,7 @@ class Layout:
     @property
     def constants(self) -> dict[str, Any]:
         """The compile-time arguments of the tiling, and the launch options."""
-        shape = {"FORM": self.form, "G": self.G, "C": self.C, "V": self.W // self.C, "STEPS": self.steps}
+        shape = {"FORM": self.form, "G": self.G, "C": self.C, "V": self.W // self.C, "STEPS": self.steps, "MULTIPLE": self.unit}
         return shape | {"num_warps": self.warps, "enable_fp_fusion": False}
 
 

@@ -25,7 +25,7 @@ def why_not(x: Tensor, fmt: Format) -> str | None:
     return planning.unlike(x, fmt)
 
 
-@triton.jit(do_not_specialize=["n", "parts", "blocks", "inner", "block_0", "block_1", "grid_1"])
+@triton.jit(do_not_specialize=["n", "width", "block", "parts", "blocks", "inner", "block_0", "block_1", "grid_1"])
 def _amax(
     x_ptr,
     out_ptr,
@@ -46,7 +46,10 @@ def _amax(
     C: tl.constexpr,
     V: tl.constexpr,
     STEPS: tl.constexpr,
+    MULTIPLE: tl.constexpr,
 ):
+    width *= MULTIPLE
+    block *= MULTIPLE
     w = places(C, V)
     start, first, column, live, cell = tile(
         n, width, block, parts, blocks, inner, block_0, block_1, grid_1, 0, STEPS, G, C * V, FORM
@@ -73,10 +76,21 @@ def _amax(
             tl.store(low_ptr + cell, low.to(tl.int32, bitcast=True) & 0x7FFFFFFF, mask=live)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "width", "parts"])
 def _amax_columns(
-    x_ptr, out_ptr, low_ptr, rows, width, parts, STEPS: tl.constexpr, RANGE: tl.constexpr, G: tl.constexpr, W: tl.constexpr
+    x_ptr,
+    out_ptr,
+    low_ptr,
+    rows,
+    width,
+    parts,
+    STEPS: tl.constexpr,
+    RANGE: tl.constexpr,
+    G: tl.constexpr,
+    W: tl.constexpr,
+    MULTIPLE: tl.constexpr,
 ):
+    width *= MULTIPLE
     pid = tl.program_id(0).to(tl.int64)
     column = (pid % parts) * W + tl.arange(0, W)[None, :]
     row = (pid // parts) * STEPS * G + tl.arange(0, G)[:, None]
@@ -128,7 +142,7 @@ def _extremes(x: Tensor, block: Block, fmt: Format, both: bool) -> tuple[Tensor,
         w, g = min(triton.next_power_of_2(plan.width), 512), 16
         steps, parts = 16 if plan.count >= 4096 else 1, -(-plan.width // w)
         programs = (parts * -(-plan.count // (g * steps)),)
-        _amax_columns[programs](x, high, low, plan.count, plan.width, parts, steps, both, g, w)
+        _amax_columns[programs](x, high, low, plan.count, plan.width // plan.unit, parts, steps, both, g, w, plan.unit)
     else:
         _prepared(plan, x.dtype, x.device, shared, both)(x, high, low)
     return high.view(torch.float32), -low.view(torch.float32) if both else x

@@ -30,7 +30,7 @@ def why_not(codes: Tensor, fmt: Format) -> str | None:
     return "the tensor is empty" if codes.numel() == 0 else None
 
 
-@triton.jit(do_not_specialize=["n", "parts", "blocks", "inner", "block_0", "block_1", "grid_1"])
+@triton.jit(do_not_specialize=["n", "width", "block", "parts", "blocks", "inner", "block_0", "block_1", "grid_1"])
 def _dequantize(
     codes_ptr,
     y_ptr,
@@ -55,6 +55,7 @@ def _dequantize(
     C: tl.constexpr,
     V: tl.constexpr,
     STEPS: tl.constexpr,
+    MULTIPLE: tl.constexpr,
     KIND: tl.constexpr,
     MBITS: tl.constexpr,
     MIN_EXP: tl.constexpr,
@@ -63,6 +64,8 @@ def _dequantize(
     I_KIND: tl.constexpr,
     S_KIND: tl.constexpr,
 ):
+    width *= MULTIPLE
+    block *= MULTIPLE
     w = places(C, V)
     W: tl.constexpr = C * V
     start, first, column, live, cell = tile(n, width, block, parts, blocks, inner, block_0, block_1, grid_1, 0, STEPS, G, W, FORM)

@@ -35,7 +35,7 @@ def name_of(x: Tensor, fmt: Format) -> str:
     return "cuda" if subbyte.preferred(x, fmt, False) else "triton"
 
 
-@triton.jit(do_not_specialize=["n", "parts", "blocks", "inner", "block_0", "block_1", "grid_1"])
+@triton.jit(do_not_specialize=["n", "width", "block", "parts", "blocks", "inner", "block_0", "block_1", "grid_1"])
 def _fake_quantize(
     x_ptr,
     grad_ptr,
@@ -60,6 +60,7 @@ def _fake_quantize(
     C: tl.constexpr,
     V: tl.constexpr,
     STEPS: tl.constexpr,
+    MULTIPLE: tl.constexpr,
     ROTATE: tl.constexpr,
     KIND: tl.constexpr,
     MBITS: tl.constexpr,
@@ -78,6 +79,8 @@ def _fake_quantize(
     OUTER: tl.constexpr,
     TOP: tl.constexpr,
 ):
+    width *= MULTIPLE
+    block *= MULTIPLE
     w = places(C, V)
     W: tl.constexpr = C * V
     short: tl.constexpr = x_ptr.dtype.element_ty != tl.float32

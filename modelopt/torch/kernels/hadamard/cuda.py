@@ -79,7 +79,8 @@ def _rows(size: int, each: int, inverse: bool, common: tuple[tuple[str, str], ..
     if bits < 5:
         count = max(count // 16, 1) * 16  # whole pieces in groups of eight
     tile = size * count
-    own = 6 if each == 8 and bits >= 6 and tile >= _TILE else 5
+    few = tile < 7168 or (m == 20 and tile > 2 * _TILE)  # threads of 64 values would be too few
+    own = 6 if each == 8 and bits >= 6 and not few else 5
     columns = 0 if m == 1 else (count << bits) // (1 if (m == 28 and own == 5) or bits == 0 else 2)
     threads = -(-tile // (32 << own)) * 32
     if own == 5:
