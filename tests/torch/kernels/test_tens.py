@@ -78,3 +78,48 @@ def test_float16(text):
     for way in WAYS[:3]:
         x, values, y = product(text, 13, 328, 1024, way, dtype=torch.float16)
         assert y.dtype == torch.float16 and relative(y, x.double() @ values.t()) < 1e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("text", ["e2m1[16]~*e4m3[...]*f32", "e2m1[32]~*e8m0", "e4m3[...]*f32", "e4m3[128,128]*f32"])
+def test_rows_of_any_size_and_what_is_no_number(text):
+    from modelopt.torch.kernels.matmul import skinny, tens
+
+    torch.manual_seed(3)
+    n, k, fmt = 328, 2048, parse(text)
+    parts, read = law.quantize(torch.randn(n, k, device="cuda", dtype=torch.bfloat16), fmt).parts, plan(fmt, n, k)
+    values = law.dequantize(law.Quantized.from_parts(parts, fmt, torch.Size((n, k)), torch.float32)).double()
+    x = torch.randn(13, k, device="cuda", dtype=torch.bfloat16) * torch.exp2(torch.randint(-8, 8, (13, k), device="cuda"))
+    x = (x * torch.exp2(torch.tensor([100, -100, -118, 14, *range(9)], device="cuda"))[:, None]).bfloat16()
+    x[5, 3::4] = 0
+    x[6] = 0
+    scales, post = skinny.scales_of(parts, read)
+    for way in WAYS[:4]:
+        y = tens.product(x, parts[0], scales, None, post, None, n, read, way)
+        want = x.double() @ values.t()
+        for m in range(13):
+            assert m == 6 or relative(y[m], want[m]) < 4e-3, (m, way)
+        assert (y[6] == 0).all()
+        broken = x.clone()
+        broken[2, 77], broken[9, k - 1] = float("nan"), float("inf")
+        again = tens.product(broken, parts[0], scales, None, post, None, n, read, way)
+        assert again[2].isnan().all() and not again[9].isfinite().any()
+        assert torch.equal(again[[0, 1, 3, 4, 5, 6, 7, 8, 10, 11, 12]], y[[0, 1, 3, 4, 5, 6, 7, 8, 10, 11, 12]])
+
+
+@pytest.mark.gpu
+def test_powers_of_two_at_both_ends():
+    from modelopt.torch.kernels.matmul import skinny, tens
+
+    torch.manual_seed(4)
+    n, k, fmt = 328, 1024, parse("e2m1[32]~*e8m0")
+    parts, read = law.quantize(torch.randn(n, k, device="cuda", dtype=torch.bfloat16), fmt).parts, plan(fmt, n, k)
+    scales, post = skinny.scales_of(parts, read)
+    scales[7], scales[9, 3], scales[11, 5] = 0, 255, 0  # 2^-127, and NaN
+    values = law.dequantize(law.Quantized.from_parts(parts, fmt, torch.Size((n, k)), torch.float32)).double()
+    x = (torch.randn(16, k, device="cuda") * 2.0**100).bfloat16()
+    for way in WAYS[:4]:
+        y = tens.product(x, parts[0], scales, None, post, None, n, read, way)
+        want, finite = x.double() @ values.t(), [i for i in range(n) if i != 9]
+        assert y[:, 9].isnan().all() and relative(y[:, finite], want[:, finite]) < 4e-3
+        assert relative(y[:, 7], want[:, 7]) < 4e-3

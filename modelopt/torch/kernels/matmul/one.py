@@ -82,7 +82,8 @@ def _time(read: Plan, n: int, k: int, launch: skinny.Launch, c: tables.One, proc
     alone = each > 1 and fit == 1  # nothing goes on while the next block starts
     flow = max(n * k / (2 if read.each == 32 else 1) / 4.5e6, size / (38 * min(1.0, under_way / 56)), unpack)
     start = 0.8 + (math.ceil(each) - 1) * (1.5 if alone else 0.1 * warps) + 2.0 * (c.splits > 1)
-    return start + flow + 0.2 * unpack + order * (1.0 if alone else 0.5) + 0.02 * mine + 0.04 * active
+    uneven = 0.3 * (read.kind == "e2m1" and active % 4 > 0)  # one of the four schedulers has less to unpack
+    return start + flow + 0.2 * unpack + uneven + order * (1.0 if alone else 0.5) + 0.02 * mine + 0.04 * active
 
 
 @functools.lru_cache(maxsize=4096)

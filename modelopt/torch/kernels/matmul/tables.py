@@ -78,8 +78,9 @@ class Tens:
 
 TENS_TILES = 2  # NT up to which `tens.cu` serves; with more the columns of x take longer than a launch that prepares them
 UNIT_COST = {4: 0.45, 2: 0.3, 1: 0.25}  # about the microseconds of a unit, by GROUPS
-ADDING = (1.9, 0.2)  # about those of adding up three and more parts of K, and of each of them
-CLUSTER = 1.2  # about those of adding up two
+ADDING = (1.0, 0.2)  # about those of adding up three and more parts of K, and of each of them
+CLUSTER = 0.5  # about those of adding up two
+PAIRS = (2, 8)  # parts of K: two, and from so many on if they are even, are dealt to clusters of two
 RINGS = {  # (UNITS, DEPTH) to try in this order, by the bits of a code; from the second on for 4 GROUPS, where more would delay x
     4: ((2, 3), (2, 2), (1, 2)),
     8: ((1, 4), (1, 3), (1, 2)),

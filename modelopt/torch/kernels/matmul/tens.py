@@ -13,13 +13,15 @@ from modelopt.torch.kernels.matmul import broad, cuda, skinny, tables
 from modelopt.torch.kernels.matmul.locks import take
 from modelopt.torch.kernels.matmul.plan import Plan
 
+_FACTOR = "64.0f"  # values of e2m1 over the float16 they become
 _RESERVED = 2048  # bytes of shared memory that a block does not get
 
 
 @functools.cache
 def source(tiles: int, half: bool) -> str:
-    """Return the CUDA C++ source of the product for 8 `tiles` rows of x a block."""
-    return skinny.text("pieces.cu") + broad.wgmma(tiles, half) + skinny.text("tens.cu")
+    """Return the CUDA C++ source of the product for 8 `tiles` rows of x a block; half: float16 is multiplied."""
+    own = "".join(skinny.text(name) for name in ("operands.cu", "parts.cu", "tens.cu"))
+    return skinny.text("pieces.cu") + broad.wgmma(tiles, half) + own
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Launch:
     """One launch, planned: constants of the kernel and sizes."""
 
     constants: tuple[tuple[str, str], ...]
+    half: bool
     grid: tuple[int, int, int]
     shared: int
     s_bytes: int
@@ -43,7 +46,8 @@ def _scaled(read: Plan, c: tables.Tens) -> int:
     step, g = 4 * read.each, read.group
     fits = g % step == 0 or (step == 128 and g in (32, 64))
     buffers = 1 if g % 128 == 0 else max(128 // g, 2)
-    return 1 if c.sums and read.scale == "f32" and fits and buffers * c.NT <= 8 else 2
+    floats = read.scale == "f32" or (read.scale == "e8m0" and read.kind == "e2m1" and g == 32)
+    return 1 if c.sums and floats and fits and buffers * c.NT <= 8 else 2
 
 
 @functools.lru_cache(maxsize=4096)
@@ -53,18 +57,22 @@ def planned(read: Plan, m: int, n: int, k: int, half: bool, stype: int, s_row: i
     steps, units, splits = k // (4 * read.each), math.ceil(k / 128), c.cluster * c.splits
     spans = [(s * units // splits * each, min((s + 1) * units // splits * each, steps)) for s in range(splits)]
     most, scaled = math.ceil(max(e - b for b, e in spans) / each), _scaled(read, c)
-    s_bytes, chunked = skinny.scale_bytes(read, stype, c.sums, 1, spans), int(read.each == 32 and scaled < 2)
-    own = {
-        **{"NT": c.NT, "R": 1, "GROUPS": c.GROUPS, "UNITS": c.UNITS, "DEPTH": c.DEPTH, "SPLITS": c.cluster, "MOST": most},
-        **{"SCALED": scaled, "SHIFTED": 0, "CHUNKED": chunked},
-    }
+    stored = skinny.TYPES[torch.bfloat16] if read.scale == "e8m0" and scaled == 1 else stype
+    s_bytes, chunked = skinny.scale_bytes(read, stored, c.sums, 1, spans), int(read.each == 32 and scaled < 2)
+    floats = read.kind in ("e2m1", "e4m3") and (scaled < 2 or read.scale == "e4m3")
     warps, tiles, blocks = 4 * c.GROUPS, math.ceil(n / (64 * c.GROUPS)), math.ceil(m / (8 * c.NT))
-    memory = warps * (c.DEPTH * c.UNITS * each * 1024 + s_bytes) + most * 16 * (c.NT * 128 + 16)
+    exchange = warps * (c.DEPTH * c.UNITS * each * 1024 + s_bytes) + most * 16 * (c.NT * 128 + 16)
+    own = {
+        **{"NT": c.NT, "R": 1, "GROUPS": c.GROUPS, "UNITS": c.UNITS, "DEPTH": c.DEPTH, "SPLITS": c.cluster, "PARTS": c.splits},
+        **{"SCALED": scaled, "SHIFTED": 0, "CHUNKED": chunked, "FLOATS": int(floats), "MOST": most, "EXCHANGE": exchange},
+        **({"FACTOR": _FACTOR} if floats and read.kind == "e2m1" else {}),
+    }
     count = tiles * c.cluster * blocks * warps
     return Launch(
         tuple((name, str(v)) for name, v in {**skinny.constants(read, half, stype, s_row, (0, 0), c.sums, spans), **own}.items()),
+        half or floats,
         (tiles * c.cluster, c.splits, blocks),
-        max(memory, warps * c.NT * 512),
+        exchange + (warps * c.NT // 2 * 512 if c.cluster > 1 else 0),
         s_bytes,
         (64, 16, c.UNITS * each),
         2 * chunked,
@@ -89,7 +97,7 @@ def choose(read: Plan, m: int, n: int, k: int, processors: int, memory: tuple[in
             adding = 0.0 if parts == 1 else tables.CLUSTER if parts == 2 else tables.ADDING[0] + parts * tables.ADDING[1]
             found.append((math.ceil(rows * parts / processors) * math.ceil(units / parts) * cost + adding, groups, parts))
     for _, groups, parts in sorted(found):
-        cluster = 2 if parts == 2 else 1
+        cluster = 2 if parts % 2 == 0 and (parts == tables.PAIRS[0] or parts >= tables.PAIRS[1]) else 1
         for unit, depth in tables.RINGS[4 if read.each == 32 else 8][groups == 4 :]:
             c = tables.Tens(nt, groups, unit, depth, cluster, parts // cluster)
             launch = planned(read, m, n, k, False, skinny.type_of(read), max(k // read.group, 1), c)
@@ -113,7 +121,7 @@ def product(
     (m, k), half, device = x.shape, x.dtype == torch.float16, x.device
     s_row = scales.shape[-1] if scales.dim() >= 2 else 1
     plan = planned(read, m, n, k, half, skinny.TYPES[scales.dtype], s_row, config)
-    kernel = cuda.compiled(source(config.NT, half), "tens", plan.constants, device)
+    kernel = cuda.compiled(source(config.NT, plan.half), "tens", plan.constants, device)
     y = torch.empty((m, n), dtype=x.dtype, device=device)
     parts = torch.empty(plan.parts, device=device) if plan.parts else None
     locks = take(device, plan.locks) if plan.parts else None
