@@ -47,8 +47,8 @@ class Launch:
     """Both launches, planned."""
 
     preparing: tuple[tuple[str, str], ...]
+    preparing_grid: tuple[int, int, int]
     threads: int
-    pieces: int
     constants: tuple[tuple[str, str], ...]
     grid: tuple[int, int, int]
     shared: int
@@ -65,17 +65,20 @@ def planned(
     step, steps = 4 * read.each, k // (4 * read.each)
     spans = [(s * steps // c.splits, (s + 1) * steps // c.splits) for s in range(c.splits)]
     shared = skinny.constants(read, half, stype, s_row, quantizer, c.sums, spans)
+    if c.NT > tables.SHIFTED_TILES:
+        shared["SHIFTED"] = 0
     s_bytes = skinny.scale_bytes(read, stype, c.sums, 1, spans)
     tiles, blocks = math.ceil(n / (64 * c.GROUPS)), math.ceil(m / (8 * c.NT))
     constants = {**shared, "NT": c.NT, "R": 1, "GROUPS": c.GROUPS, "DEPTH": c.DEPTH}
     memory = c.DEPTH * (c.GROUPS * 4096 + c.NT * 16 * step) + 4 * c.GROUPS * s_bytes
     count = tiles * blocks * 4 * c.GROUPS
-    threads = min(math.ceil(k / 256) * 32, 1024 if quantizer[0] and quantizer[1] == 1 else 256)
-    hold = math.ceil(k / 8 / threads) if quantizer[0] and quantizer[1] == 1 else 1  # a row's range is found by one block
+    alone = quantizer[0] > 0 and quantizer[1] == 1  # a row's range is found by one block
+    threads = min(math.ceil(steps / 8) * 32, 1024) if alone else 128
+    hold = math.ceil(4 * steps / threads) if alone else 1
     return Launch(
         tuple((name, str(v)) for name, v in {**shared, "NT": c.NT, "R": 1, "THREADS": threads, "HOLD": hold}.items()),
+        (m, 1, 1) if alone else (math.ceil(m / 8), math.ceil(steps / 4), 1),
         threads,
-        math.ceil(k / 8 / threads / hold),
         tuple((name, str(v)) for name, v in constants.items()),
         (tiles, c.splits, blocks),
         memory,
@@ -91,14 +94,19 @@ def choose(read: Plan, m: int, n: int, k: int, processors: int, memory: tuple[in
     stype, steps = skinny.type_of(read), k // (4 * read.each)
     nt = next((t for t in tables.TILES if 8 * t >= m), tables.TILES[-1])
     most = 2 if nt > tables.LONG[4 if read.each == 32 else 8] and n >= tables.BLOCKS[2] * 128 * processors or nt > 8 else 1
+    many = tables.SHIFTED_TILES < nt <= tables.SUMS_TILES and read.scale == "f32" and read.group % (4 * read.each) == 0
     for groups, splits in itertools.product((most, 1), (1, 2, 4, 8, 16, 32)):
-        wanted = tables.BLOCKS[groups] * processors / math.ceil(n / (64 * groups))
+        tiles = math.ceil(n / (64 * groups))
+        # many sums of steps are better served by one block with a deep ring, where that keeps nearly all processors busy
+        one = many and groups == 1 and tables.BLOCKS[2] * processors <= tiles * splits <= processors
+        wanted = tables.BLOCKS[2 if one else groups] * processors / tiles
         if (splits < wanted and steps >= 16 * splits) or steps < splits:
             continue
         for depth in (d for d in tables.DEPTHS if d <= 8 or groups == 2):
             c = tables.Broad(nt, groups, depth, splits, nt <= tables.SUMS_TILES)
             launch = planned(read, m, n, k, False, stype, max(k // read.group, 1), (0, 0), c)
-            if launch.shared <= min(memory[0], memory[1] // (2 if groups == 1 and nt <= 8 and depth > 4 else 1)) - 2048:
+            two = groups == 1 and nt <= 8 and depth > 4 and not one
+            if launch.shared <= min(memory[0], memory[1] // (2 if two else 1)) - 2048:
                 return c
     return None
 
@@ -131,7 +139,7 @@ def product(
     locks = take(device, plan.tiles) if plan.parts else None
     size = 64 * steps
     stream = torch.cuda.current_stream(device).cuda_stream
-    prepare.launch((m, plan.pieces, 1), plan.threads, 0, stream, (x, amax, ready, sums, x_scales, k))
+    prepare.launch(plan.preparing_grid, plan.threads, 0, stream, (x, amax, ready, sums, x_scales, k, m))
     boxes = cuda.boxes(codes, (64, n, steps), (size, 64), (64, 64 * c.GROUPS, 1))
     tensors = (boxes, ready, sums, x_scales, scales, zeros, post, bias, y, parts, locks)
     kernel.launch(plan.grid, 128 * c.GROUPS + 32, plan.shared, stream, (*tensors, m, n, k, s_row, plan.s_bytes))

@@ -99,8 +99,9 @@ class Broad:
 
 
 TILES = (2, 4, 6, 8, 12, 16)  # NT
-SUMS_TILES = 4  # NT up to which scales meet sums; registers are short above
-DEPTHS = (12, 8, 6, 4, 3)
+SUMS_TILES = 8  # NT up to which scales meet sums; registers are short above
+SHIFTED_TILES = 4  # NT up to which what codes are shifted by goes off the sums, too; off the codes above
+DEPTHS = (12, 8, 7, 6, 4, 3)
 BLOCKS = {1: 1.5, 2: 0.75}  # blocks a multiprocessor, by GROUPS, that splits of K have to make up
 LONG = {4: 4, 8: 2}  # NT above which two groups share x, if rows are enough; by the bits of a code
 
