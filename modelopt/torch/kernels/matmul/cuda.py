@@ -196,6 +196,16 @@ def _boxed(argument: Tensor | int | None) -> ctypes.c_int | ctypes.c_void_p:
     return ctypes.c_void_p(None if argument is None else argument.data_ptr())
 
 
+def capture(stream: int) -> int | None:
+    """Return the number of the capture that `stream` (a handle) is in, or None where there is none or the driver does not say."""
+    status, number = ctypes.c_int(), ctypes.c_uint64()
+    for name, more in (("cuStreamGetCaptureInfo_v2", 3), ("cuStreamGetCaptureInfo_v3", 4), ("cuStreamGetCaptureInfo", 0)):
+        ask = getattr(_driver(), name, None)
+        if ask is not None and not ask(ctypes.c_void_p(stream), ctypes.byref(status), ctypes.byref(number), *[None] * more):
+            return number.value if status.value else None
+    return None
+
+
 @functools.cache
 def compiled(source: str, name: str, constants: tuple[tuple[str, str], ...], device: torch.device) -> Kernel:
     """Compile and load `name` of `source` for `device`, once."""

@@ -8,9 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from modelopt.torch.kernels.matmul import cuda
+
 _POOL = 1 << 20
 _streams: dict[tuple[torch.device, int], Tensor] = {}
 _captured: dict[torch.device, tuple[Tensor, int]] = {}
+_gates: dict[tuple[torch.device, int, int], Tensor] = {}
 
 
 def take(device: torch.device, count: int) -> Tensor:
@@ -28,3 +31,18 @@ def take(device: torch.device, count: int) -> Tensor:
     if key not in _streams or _streams[key].numel() < count:
         _streams[key] = torch.zeros(max(count, 1 << 16), dtype=torch.int32, device=device)
     return _streams[key]
+
+
+def gate(device: torch.device) -> Tensor:
+    """Return two int32 on `device` that all calls on the current stream share, or all that are captured from it at one time.
+
+    They begin as zeros; what they are for is written in `eights_x.cu`.
+    """
+    capturing, stream = torch.cuda.is_current_stream_capturing(), torch.cuda.current_stream(device).cuda_stream
+    capture = cuda.capture(stream) if capturing else 0
+    if capture is None:
+        return take(device, 2)
+    key = device, stream, capture
+    if key not in _gates:
+        _gates[key] = take(device, 2) if capturing else torch.zeros(2, dtype=torch.int32, device=device)
+    return _gates[key]

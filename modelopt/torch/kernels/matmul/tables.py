@@ -100,10 +100,36 @@ class Broad:
 
 TILES = (2, 4, 6, 8, 12, 16)  # NT
 SUMS_TILES = 8  # NT up to which scales meet sums; registers are short above
-SHIFTED_TILES = 4  # NT up to which what codes are shifted by goes off the sums, too; off the codes above
 DEPTHS = (12, 8, 7, 6, 4, 3)
-BLOCKS = {1: 1.5, 2: 0.75}  # blocks a multiprocessor, by GROUPS, that splits of K have to make up
+BLOCKS = {1: 1.5, 2: 0.6}  # blocks a multiprocessor, by GROUPS, that splits of K have to make up
 LONG = {4: 4, 8: 2}  # NT above which two groups share x, if rows are enough; by the bits of a code
+
+
+@dataclass(frozen=True)
+class Eights:
+    """`eights.cu`: tiles of ROWS rows of W and 8 NT of x, whose steps of 128 BOXES columns are dealt to `blocks`, or clusters.
+
+    A cluster has PAIR blocks. DEPTH steps are under way, AHEAD of them with W ahead of x.
+    """
+
+    NT: int
+    ROWS: int
+    BOXES: int
+    DEPTH: int
+    AHEAD: int
+    PAIR: int
+    blocks: int
+
+
+EIGHTS_ROWS = (2, 128)  # rows of x for which `eights.cu` serves, from and up to
+EIGHTS_WIDE = 64  # rows of x above which torch's FP8 product is faster where N alone has tiles enough
+RING = 205 << 10  # bytes of shared memory for what is under way
+SMALL_STAGE = 16 << 10  # bytes of 128 columns up to which a step has 256
+AHEAD = 0.6  # of DEPTH
+STREAM, RATE = 4.4e6, 4.0e4  # about the bytes of W that all blocks fetch in a microsecond, and one at most
+X_COST = 0.2  # about what a byte of x takes, of one of W
+STEP = 0.01  # about the microseconds of 128 columns besides
+PAIRED, ADDED = (0.3, 0.05), (2.0, 0.25)  # about those of adding two parts in a cluster, and of adding more; for each NT
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,12 @@
 
     few          `one.cu` and `skinny.cu`: a handful of rows, every weight read once   compute capability 8 and above
     tens         `tens.cu` (to 16 rows) and `broad.cu`: unpacked in registers, wgmma   compute capability 9
+    eights       `eights.cu`: codes times codes, wgmma, up to 128 rows              9
     fp8, int8    codes times codes: torch._scaled_mm, `triton_codes`               8.9 and 9
     dequantize   the weight is dequantized once, then torch's product              everything else, every dtype
 
-How many rows are a handful is in `tables.py`. The first two round inputs to FP8 and INT8 themselves; other input formats are
-quantized and dequantized first, so that every one is served.
+How many rows are a handful is in `tables.py`. The first three round inputs to FP8 and INT8 themselves; for the first two other
+input formats are quantized and dequantized first, so that every one is served.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from torch.nn import functional as F
 from modelopt.numerics import Format, parse
 from modelopt.torch.kernels.dequantize import dequantize
 from modelopt.torch.kernels.fake_quantize import fake_quantize
-from modelopt.torch.kernels.matmul import broad, one, skinny, tables, tens
+from modelopt.torch.kernels.matmul import broad, eights, one, skinny, tables, tens
 from modelopt.torch.kernels.matmul.plan import Plan, pair, plan
 from modelopt.torch.kernels.quantize import quantize
 
@@ -41,10 +42,12 @@ def why_not(x: Tensor, weight: list[Tensor], fmt: Format, n: int) -> str | None:
 
 
 def route(x: Tensor, fmt: Format, n: int, input_format: str = "") -> str:
-    """Return the name of the path that serves a product for which `why_not` has no reason: few, tens, fp8, int8 or dequantize."""
+    """Return the path that serves a product for which `why_not` has no reason: few, tens, eights, fp8, int8 or dequantize."""
     m, k = x.numel() // x.shape[-1], x.shape[-1]
     read = plan(fmt, n, k)
     assert isinstance(read, Plan)
+    if input_format and eights.why_not(x, read, _rounding(input_format, x), n) is None:
+        return "eights"
     codes = pair(input_format, fmt, n, k) if input_format and n % 16 == 0 and k % 16 == 0 else ""
     if codes and m > tables.CODES_ROWS[k >= tables.LONG_K] and _multiplies(codes, x):
         return codes
@@ -91,6 +94,10 @@ def _quantizer(input_format: str, k: int, fp8: bool) -> tuple[int, int] | None:
     return kind, int(given.dynamic)
 
 
+def _rounding(input_format: str, x: Tensor) -> tuple[int, int] | None:
+    return _quantizer(input_format, x.shape[-1], torch.cuda.get_device_capability(x.device) >= (8, 9))
+
+
 def quantized_linear(
     x: Tensor, weight: list[Tensor], fmt: Format, n: int, bias: Tensor | None, input_format: str, input_amax: Tensor | None
 ) -> Tensor:
@@ -125,12 +132,18 @@ def _packed(
 ) -> Tensor:
     (m, k), read = x.shape, plan(fmt, n, x.shape[1])
     assert isinstance(read, Plan)
-    quantizer = _quantizer(input_format, k, torch.cuda.get_device_capability(x.device) >= (8, 9)) if input_format else (0, 0)
+    quantizer = _rounding(input_format, x) if input_format else (0, 0)
     if quantizer is None:
         x, quantizer, amax = fake_quantize(x, input_format, amax), (0, 0), None
+    if quantizer[0] and not quantizer[1] and amax is None:
+        amax = x.abs().amax()
     scales, post = skinny.scales_of(weight, read)
     zeros = weight[-1] if read.kind == "u4" else None
     amax = None if amax is None else amax.to(x.device, torch.float32)
+    if how == "eights":
+        eight = eights.choose(m, n, k, skinny.processors(x.device), skinny.memory(x.device))
+        assert eight is not None
+        return eights.product(x, weight[0], post, bias, n, read, eight, quantizer, amax)
     if how == "few":
         few = _few(read, m, n, k, x.device)
         assert few is not None
