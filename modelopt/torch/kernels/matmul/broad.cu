@@ -30,11 +30,11 @@ template <int COUNT> __device__ __forceinline__ void settled(float (&v)[COUNT]) 
 struct Words {  // of a step: 16 bytes of rows g and g + 8, with what scales and shifts their codes
   uint4 v[2];
   uint2 by[2][2];
-  u32 zero[2], minus[2];
+  u32 minus[2];
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS, GROUPS == 1 ? 2 : 1) broad(
-    const __grid_constant__ Map map, const u8* __restrict__ x, const float* __restrict__ x_sums, const float* __restrict__ x_scales,
+    const __grid_constant__ Map map, const u8* __restrict__ x, const float* __restrict__ x_scales,
     const u8* __restrict__ s, const u8* __restrict__ z, const float* __restrict__ post, const u16* __restrict__ bias, u16* __restrict__ y,
     float4* __restrict__ parts, int* __restrict__ locks, int M, int N, int K, int s_row, int s_bytes) {
   extern __shared__ __align__(1024) uint4 memory[];
@@ -95,13 +95,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, GROUPS == 1 ? 2 : 1) broad
 #endif
   asm volatile("griddepcontrol.wait;" ::: "memory");
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-  x_sums += ((u64)blockIdx.z * steps + first) * (8 * NT);
   M -= blockIdx.z * 8 * NT, y += (u64)blockIdx.z * 8 * NT * N;
 
   float acc[1][NT][4] = {};
   float sums[BUFFERS][NT * 4] = {};
-  float by_sum[BUFFERS][2] = {}, offset[BUFFERS][2] = {};
-  float2 of_x[BUFFERS][NT] = {};
+  float by_sum[BUFFERS][2] = {};
   u32 a[PIECES][BLOCKS][4];
   int slot = 0, next = 0, phase = 0;
 
@@ -112,15 +110,15 @@ extern "C" __global__ void __launch_bounds__(THREADS, GROUPS == 1 ? 2 : 1) broad
     for (int h = 0; h < 2; ++h) {
       const int row = 8 * h + g;
       to.v[h] = memory[next * (W_STAGE / 16) + warp * 64 + 32 * h + lane];
-      to.by[h][0] = to.by[h][1] = make_uint2(0, 0), to.zero[h] = 8, to.minus[h] = 0;
+      to.by[h][0] = to.by[h][1] = make_uint2(0, 0), to.minus[h] = 0;
 #if SCALED == 2
       const u32 from = ss + row * stride + ((step * STEP + t * EACH) / G - group0) * SBYTES;
       to.by[h][0] = to.by[h][1] = scale_pair(scale_value(from));
       if (G < EACH) to.by[h][1] = scale_pair(scale_value(from + SBYTES));
 #endif
 #if KIND == 1
-      to.zero[h] = ((const u8*)memory)[ss - ring + 16 * stride + row * z_stride + (step * STEP + (SCALED == 2 ? t * EACH : 0)) / G - group0];
-      to.minus[h] = to.zero[h] * 0x10001u | (HALF ? 0xE400E400u : 0xC300C300u);
+      const u32 zero = ((const u8*)memory)[ss - ring + 16 * stride + row * z_stride + (step * STEP + (SCALED == 2 ? t * EACH : 0)) / G - group0];
+      to.minus[h] = zero * 0x10001u | (HALF ? 0xE400E400u : 0xC300C300u);
 #endif
     }
     if (++next == DEPTH) next = 0, phase ^= 1;
@@ -149,8 +147,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, GROUPS == 1 ? 2 : 1) broad
     for (int n = 0; n < NT; ++n)
 #pragma unroll
       for (int c = 0; c < 4; ++c) {
-        float v = sums[q][4 * n + c];
-        if (SHIFTED) v = fmaf(offset[q][c / 2], c % 2 ? of_x[q][n].y : of_x[q][n].x, v);
+        const float v = sums[q][4 * n + c];
         acc[0][n][c] = SCALED == 1 ? fmaf(v, by_sum[q][c / 2], acc[0][n][c]) : v;
       }
   };
@@ -172,14 +169,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, GROUPS == 1 ? 2 : 1) broad
 #if SCALED == 1
     if (i > 0) add_sums(1 - q);
 #pragma unroll
-    for (int h = 0; h < 2; ++h) {
-      by_sum[q][h] = scale_value(ss + (8 * h + g) * stride + ((first + i) * STEP / G - group0) * SBYTES);
-      offset[q][h] = -BASE - (float)now.zero[h];
-    }
-#if SHIFTED
-#pragma unroll
-    for (int n = 0; n < NT; ++n) of_x[q][n] = *(const float2*)(x_sums + i * (8 * NT) + n * 8 + 2 * t);
-#endif
+    for (int h = 0; h < 2; ++h) by_sum[q][h] = scale_value(ss + (8 * h + g) * stride + ((first + i) * STEP / G - group0) * SBYTES);
 #endif
     if (++slot == DEPTH) slot = 0;
   };

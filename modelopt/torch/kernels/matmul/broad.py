@@ -64,9 +64,7 @@ def planned(
     """Return how to launch the kernels for `m` rows of x."""
     step, steps = 4 * read.each, k // (4 * read.each)
     spans = [(s * steps // c.splits, (s + 1) * steps // c.splits) for s in range(c.splits)]
-    shared = skinny.constants(read, half, stype, s_row, quantizer, c.sums, spans)
-    if c.NT > tables.SHIFTED_TILES:
-        shared["SHIFTED"] = 0
+    shared = {**skinny.constants(read, half, stype, s_row, quantizer, c.sums, spans), "SHIFTED": 0}
     s_bytes = skinny.scale_bytes(read, stype, c.sums, 1, spans)
     tiles, blocks = math.ceil(n / (64 * c.GROUPS)), math.ceil(m / (8 * c.NT))
     constants = {**shared, "NT": c.NT, "R": 1, "GROUPS": c.GROUPS, "DEPTH": c.DEPTH}
@@ -94,13 +92,14 @@ def choose(read: Plan, m: int, n: int, k: int, processors: int, memory: tuple[in
     stype, steps = skinny.type_of(read), k // (4 * read.each)
     nt = next((t for t in tables.TILES if 8 * t >= m), tables.TILES[-1])
     most = 2 if nt > tables.LONG[4 if read.each == 32 else 8] and n >= tables.BLOCKS[2] * 128 * processors or nt > 8 else 1
-    many = tables.SHIFTED_TILES < nt <= tables.SUMS_TILES and read.scale == "f32" and read.group % (4 * read.each) == 0
+    many = 4 < nt <= tables.SUMS_TILES and read.scale == "f32" and read.group % (4 * read.each) == 0
     for groups, splits in itertools.product((most, 1), (1, 2, 4, 8, 16, 32)):
         tiles = math.ceil(n / (64 * groups))
         # many sums of steps are better served by one block with a deep ring, where that keeps nearly all processors busy
         one = many and groups == 1 and tables.BLOCKS[2] * processors <= tiles * splits <= processors
         wanted = tables.BLOCKS[2 if one else groups] * processors / tiles
-        if (splits < wanted and steps >= 16 * splits) or steps < splits:
+        room = 2 * splits * tiles <= (2 if groups == 1 else 1) * processors  # for twice as many at once
+        if (splits < wanted and steps >= 16 * splits and room) or steps < splits:
             continue
         for depth in (d for d in tables.DEPTHS if d <= 8 or groups == 2):
             c = tables.Broad(nt, groups, depth, splits, nt <= tables.SUMS_TILES)
@@ -132,15 +131,14 @@ def product(
     kernel = cuda.compiled(source(c.NT, half), "broad", plan.constants, device)
     rows, steps = math.ceil(m / (8 * c.NT)) * 8 * c.NT, k // (4 * read.each)
     ready = torch.empty(rows * k, dtype=x.dtype, device=device)
-    floats = torch.empty(rows * steps + rows, device=device)
-    sums, x_scales = floats[: rows * steps], floats[rows * steps :] if quantizer[0] else None
+    x_scales = torch.empty(rows, device=device) if quantizer[0] else None
     y = torch.empty((m, n), dtype=x.dtype, device=device)
     parts = torch.empty(plan.parts, device=device) if plan.parts else None
     locks = take(device, plan.tiles) if plan.parts else None
     size = 64 * steps
     stream = torch.cuda.current_stream(device).cuda_stream
-    prepare.launch(plan.preparing_grid, plan.threads, 0, stream, (x, amax, ready, sums, x_scales, k, m))
+    prepare.launch(plan.preparing_grid, plan.threads, 0, stream, (x, amax, ready, x_scales, k, m))
     boxes = cuda.boxes(codes, (64, n, steps), (size, 64), (64, 64 * c.GROUPS, 1))
-    tensors = (boxes, ready, sums, x_scales, scales, zeros, post, bias, y, parts, locks)
+    tensors = (boxes, ready, x_scales, scales, zeros, post, bias, y, parts, locks)
     kernel.launch(plan.grid, 128 * c.GROUPS + 32, plan.shared, stream, (*tensors, m, n, k, s_row, plan.s_bytes))
     return y

@@ -3,14 +3,12 @@
 //     block of 8 NT rows | step of K | group of 8 columns | row | 8 values (16 bytes)
 //
 // A thread brings the EACH columns of a step that thread t of a quad multiplies. A warp has 8 rows, so that it stores whole lines; a row
-// whose range is found here has a block to itself, whose threads hold HOLD such pieces. Also made: the row's scale, and (SHIFTED) the sum
-// of each of its steps.
+// whose range is found here has a block to itself, whose threads hold HOLD such pieces. Also made: the row's scale.
 
 #define ALONE (XKIND && XRANGE == 1)
 
 extern "C" __global__ void __launch_bounds__(THREADS) prepare(
-    const uint4* __restrict__ x, const float* __restrict__ x_amax, u32* __restrict__ out, float* __restrict__ sums,
-    float* __restrict__ scales, int K, int M) {
+    const uint4* __restrict__ x, const float* __restrict__ x_amax, u32* __restrict__ out, float* __restrict__ scales, int K, int M) {
   const int thread = threadIdx.x, t = thread & 3, rows = 8 * NT, steps = K / STEP;
   const int m = ALONE ? blockIdx.x : blockIdx.x * 8 + (thread >> 2 & 7), step0 = ALONE ? thread / 4 : blockIdx.y * (THREADS / 32) + thread / 32;
 #if __CUDA_ARCH__ >= 900
@@ -47,23 +45,15 @@ extern "C" __global__ void __launch_bounds__(THREADS) prepare(
 #pragma unroll
   for (int u = 0; u < HOLD; ++u) {
     const int step = step0 + u * (THREADS / 4);
-    const bool real = m < M && step < steps;
-    float sum = 0.0f;
+    if (m >= M || step >= steps) continue;
 #pragma unroll
     for (int chunk = 0; chunk < CHUNKS; ++chunk) {
       const uint4 w = v[u][chunk];
       const u32 a = rounded(w.x, scale), b = rounded(w.y, scale), c = rounded(w.z, scale), d = rounded(w.w, scale);
       const u32 pairs[4] = {FOUR ? prmt(a, c, 0x5410) : prmt(a, b, 0x5410), FOUR ? prmt(a, c, 0x7632) : prmt(a, b, 0x7632),
                             FOUR ? prmt(b, d, 0x5410) : prmt(c, d, 0x5410), FOUR ? prmt(b, d, 0x7632) : prmt(c, d, 0x7632)};
-      if (real)
 #pragma unroll
-        for (int p = 0; p < 4; ++p) out[(((block + step) * (4 * CHUNKS) + chunk * 4 + p) * rows + row) * 4 + t] = pairs[p];
-      if (SHIFTED) sum += low(a) + high(a) + (low(b) + high(b)) + (low(c) + high(c) + (low(d) + high(d)));
-    }
-    if (SHIFTED) {
-      sum += __shfl_xor_sync(~0u, sum, 1);
-      sum += __shfl_xor_sync(~0u, sum, 2);
-      if (real && t == 0) sums[(block + step) * rows + row] = sum;
+      for (int p = 0; p < 4; ++p) out[(((block + step) * (4 * CHUNKS) + chunk * 4 + p) * rows + row) * 4 + t] = pairs[p];
     }
   }
 }
