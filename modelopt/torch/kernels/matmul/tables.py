@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 FEW_ROWS = {9: 8, 8: 16}  # rows of x up to which `skinny.cu` serves, by the major compute capability (8: all but Hopper)
+FEW_SIZES = (
+    (1 << 25, 2, 1),
+    (1 << 23, 4, 4),
+)  # values of W from which on only so many rows are "few", with coarse and with fine scales
 FEW_ALONE = 4  # rows of x from which it leaves Hopper's `broad.cu` what would have to be split along K
 TENS_ROWS = 128  # rows of x up to which `broad.cu` serves
 CODES_ROWS = {False: 4, True: 1}  # rows of x above which codes are multiplied with codes; True: K of LONG_K columns and more

@@ -69,10 +69,17 @@ def _few(read: Plan, m: int, n: int, k: int, device: torch.device) -> tables.Ski
         if alone is not None:
             return alone
     hopper = capability[0] == 9
-    if m > tables.FEW_ROWS[9 if hopper else 8]:
+    if m > (tables.FEW_ROWS[8] if not hopper else _few_on_hopper(read, m, n, k, device)):
         return None
     found = skinny.choose(read, m, n, k, skinny.processors(device), skinny.memory(device))
     return None if found is not None and found.splits > 1 and m > tables.FEW_ALONE and hopper else found
+
+
+def _few_on_hopper(read: Plan, m: int, n: int, k: int, device: torch.device) -> int:
+    """Return the rows of x up to which "few" is faster: fewer the larger W is, and the finer its scales."""
+    fine = read.kind == "u4" or (read.scale != "none" and read.group < 4 * read.each)
+    most = next((rows[fine] for size, *rows in tables.FEW_SIZES if n * k >= size), tables.FEW_ROWS[9])
+    return most if _tens(read, m, n, k, device) is not None else tables.FEW_ROWS[9]
 
 
 def _tens(read: Plan, m: int, n: int, k: int, device: torch.device) -> tables.Broad | None:
