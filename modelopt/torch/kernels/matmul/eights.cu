@@ -129,9 +129,8 @@ extern "C" __global__ void CLUSTERED __launch_bounds__(THREADS, 1) eights(
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     __syncthreads();
     if (PAIR == 2) asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-    if (lane) {
+    if (lane) {  // these do not wait for the kernel ahead: the one that fetches W would wait with them
       if (PAIR == 2) asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
-      asm volatile("griddepcontrol.wait;" ::: "memory");
       return;
     }
     const int count = last - first, ahead = min(count, AHEAD);
