@@ -81,7 +81,7 @@ def _time(read: Plan, n: int, k: int, launch: skinny.Launch, c: tables.One, proc
     order = blocks * math.ceil(k / 8 / c.splits / launch.block) * warps * (0.01 if read.kind in ("e2m1", "e4m3") else 0.03)
     alone = each > 1 and fit == 1  # nothing goes on while the next block starts
     flow = max(n * k / (2 if read.each == 32 else 1) / 4.5e6, size / (38 * min(1.0, under_way / 56)), unpack)
-    pair = 0.3 * (1 < each <= 2 and read.kind in ("e4m3", "e2m1"))  # FP8 28672 x 8192: 62 to 108 us, one block a multiprocessor 58
+    pair = 0.3 * (1 < each <= 2 and read.kind in ("e4m3", "e2m1"))  # FP8 28672 x 8192: 62 to 108 us, not 58
     start = 0.8 + pair + (math.ceil(each) - 1) * (1.5 if alone else 0.1 * warps) + 2.0 * (c.splits > 1)
     uneven = 0.3 * (read.kind == "e2m1" and active % 4 > 0)  # one of the four schedulers has less to unpack
     return start + flow + 0.2 * unpack + uneven + order * (1.0 if alone else 0.5) + 0.02 * mine + 0.04 * active
