@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import modelopt.torch.quantization as mtq
+from modelopt.core.errors import ShapeError
 from modelopt.numerics import parse
 from modelopt.numerics import reference as law
 from modelopt.torch import kernels
@@ -120,6 +121,13 @@ def test_configurations_fit_the_machine(text):
                     launch = broad.planned(read, m, n, k, False, skinny.type_of(read), k // read.group, (0, 0), tens)
                     assert launch.shared <= block - 1024
                 assert tens is not None or block < 200 << 10
+
+
+@pytest.mark.parametrize(("n", "k"), [(32, 64), (32, 256), (16, 128), (64, 128)])
+def test_codes_of_another_weight_are_refused(n, k):
+    parts = torch.ops.modelopt.quantize(torch.ones(32, 128), "i8[1,...]*f32")
+    with pytest.raises(ShapeError, match="needs a weight"):
+        kernels.quantized_linear(torch.ones(2, k), parts, "i8[1,...]*f32", n)
 
 
 def test_columns_are_a_multiple_of_32():
