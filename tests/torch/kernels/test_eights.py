@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import types
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch
 from modelopt.numerics import parse
 from modelopt.numerics import reference as law
 from modelopt.torch import kernels
-from modelopt.torch.kernels.matmul import tables
+from modelopt.torch.kernels.matmul import locks, tables
 from modelopt.torch.kernels.matmul.plan import Plan, plan
 
 PAIRS = {  # weight, input, (XKIND, XRANGE), range of x
@@ -224,3 +225,20 @@ def test_a_weight_may_be_written_right_ahead(name):
         graph.replay()
         torch.cuda.synchronize()
         assert all(torch.equal(y, expected[i]) for i, y in results)
+
+
+def test_what_captured_calls_share_is_made_before_any_capture(monkeypatch):
+    stream = types.SimpleNamespace(cuda_stream=7, synchronize=lambda: None)
+    captured: dict[str, bool] = {"now": False}
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: captured["now"])
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    monkeypatch.setattr(locks.cuda, "capture", lambda handle: 3)
+    for name in ("_streams", "_captured", "_gates"):
+        monkeypatch.setattr(locks, name, {})
+    device = torch.device("cpu")
+    own = locks.gate(device)
+    assert own is locks.gate(device) and own.tolist() == [0, 0]
+    captured["now"] = True
+    first = locks.gate(device)
+    assert first is locks.gate(device) and first.data_ptr() != own.data_ptr()
+    assert first.untyped_storage().data_ptr() == locks._captured[device][0].untyped_storage().data_ptr()

@@ -24,13 +24,18 @@ def take(device: torch.device, count: int) -> Tensor:
             return torch.zeros(count, dtype=torch.int32, device=device)  # a node of the graph, which zeroes them at each replay
         _captured[device] = pool, used + count
         return pool[used : used + count]
-    if device not in _captured:
-        _captured[device] = torch.zeros(_POOL, dtype=torch.int32, device=device), 0
-        torch.cuda.current_stream(device).synchronize()
+    _provide(device)
     key = device, torch.cuda.current_stream(device).cuda_stream
     if key not in _streams or _streams[key].numel() < count:
         _streams[key] = torch.zeros(max(count, 1 << 16), dtype=torch.int32, device=device)
     return _streams[key]
+
+
+def _provide(device: torch.device) -> None:
+    """Make what captured calls will get; memory that is allocated within a capture would stay with its graph's."""
+    if device not in _captured:
+        _captured[device] = torch.zeros(_POOL, dtype=torch.int32, device=device), 0
+        torch.cuda.current_stream(device).synchronize()
 
 
 def gate(device: torch.device) -> Tensor:
@@ -43,6 +48,8 @@ def gate(device: torch.device) -> Tensor:
     if capture is None:
         return take(device, 2)
     key = device, stream, capture
+    if not capturing:
+        _provide(device)
     if key not in _gates:
         _gates[key] = take(device, 2) if capturing else torch.zeros(2, dtype=torch.int32, device=device)
     return _gates[key]
