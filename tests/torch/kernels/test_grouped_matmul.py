@@ -55,6 +55,8 @@ def test_gradient_graph_and_errors():
     assert torch.allclose(x.grad[0], weight[0].sum(0), atol=1e-3) and torch.allclose(x.grad[4], weight[2].sum(0), atol=1e-3)
     assert torch.equal(x.grad[5], torch.zeros(256)) and torch.equal(bias.grad[:, 0], torch.tensor([2.0, 0.0, 3.0]))
     torch.library.opcheck(OP, (x.detach(), offsets, parts, "i4[64]*f32", 24, None, "", None))
+    with pytest.raises(ShapeError, match="needs 3 weight"):
+        kernels.quantized_grouped_linear(torch.randn(5, 128), offsets, parts, "i4[64]*f32", 24)
     with pytest.raises(ShapeError, match="int32 offsets"):
         kernels.quantized_grouped_linear(x, offsets.long(), parts, "i4[64]*f32", 24)
 

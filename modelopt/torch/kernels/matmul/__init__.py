@@ -17,13 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from modelopt.core.errors import ShapeError
 from modelopt.numerics import Format, Quantized, parse
-from modelopt.numerics.packing import packed_size
 from modelopt.torch.kernels import scaled_mm
 from modelopt.torch.kernels.choice import fast_module, forced
 from modelopt.torch.kernels.library import autograd, define, notation
 from modelopt.torch.kernels.matmul import reference
+from modelopt.torch.kernels.matmul.plan import check
 
 
 def quantized_linear(
@@ -68,16 +67,6 @@ def explain_linear(x: Tensor, weight: Sequence[Tensor], weight_format: Format | 
     return f"dequantize: {reason}" if reason else kernel.route(x, fmt, n, input_format)
 
 
-def check(x: Tensor, weight: Sequence[Tensor], fmt: Format, n: int) -> None:
-    """Raise ShapeError unless the codes are those of a weight [n, K] for x [..., K]: kernels would read beyond them."""
-    k = x.shape[-1] if x.dim() else 0
-    if weight[0].numel() * weight[0].element_size() != n * packed_size(k, fmt.element.bits):
-        raise ShapeError(
-            f"x {tuple(x.shape)} needs a weight [{n}, {k}], but its codes in {fmt} are {tuple(weight[0].shape)}. "
-            "Give x the columns of the weight, and n its rows."
-        )
-
-
 def _run(
     x: Tensor,
     weight: list[Tensor],
@@ -88,7 +77,7 @@ def _run(
     input_amax: Tensor | None,
 ) -> Tensor:
     fmt = parse(weight_format)
-    check(x, weight, fmt, n)
+    check(x, weight[0], fmt, n)
     if x.is_cuda and not forced() and scaled_mm.why_not(x, weight, fmt, n, input_format) is None:
         return scaled_mm.block_scaled_linear(x, weight, fmt, n, bias, input_format, input_amax)
     kernel = fast_module("matmul") if x.is_cuda and not forced() else None

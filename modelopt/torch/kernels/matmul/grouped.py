@@ -24,6 +24,7 @@ from modelopt.torch.kernels.choice import fast_module, forced
 from modelopt.torch.kernels.dequantize import dequantize
 from modelopt.torch.kernels.fake_quantize import fake_quantize
 from modelopt.torch.kernels.library import autograd, define, notation
+from modelopt.torch.kernels.matmul.plan import check
 
 
 def quantized_grouped_linear(
@@ -107,6 +108,7 @@ def _run(
     input_amax: Tensor | None,
 ) -> Tensor:
     fmt = parse(weight_format)
+    check(x, weight[0], fmt, n, offsets.numel() - 1)
     if x.is_cuda and not forced() and fast_module("matmul") is not None:
         from modelopt.torch.kernels.matmul import experts
 

@@ -5,7 +5,11 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
+from torch import Tensor
+
+from modelopt.core.errors import ShapeError
 from modelopt.numerics import Format, parse
+from modelopt.numerics.packing import packed_size
 
 _KINDS = {"i4": "i4", "i4n": "i4", "u4": "u4", "e2m1": "e2m1", "i8": "i8", "i8n": "i8", "e4m3": "e4m3"}
 _EIGHT = ("i8", "e4m3")
@@ -23,6 +27,16 @@ class Plan:
     post: str
     factor: float
     ragged: bool = False  # K ends within a step
+
+
+def check(x: Tensor, codes: Tensor, fmt: Format, n: int, experts: int = 1) -> None:
+    """Raise ShapeError unless `codes` are those of `experts` weights [n, K] for x [..., K]: kernels would read beyond them."""
+    k = x.shape[-1] if x.dim() else 0
+    if codes.numel() * codes.element_size() != experts * n * packed_size(k, fmt.element.bits):
+        raise ShapeError(
+            f"x {tuple(x.shape)} needs {experts} weight(s) [{n}, {k}], but the codes in {fmt} are {tuple(codes.shape)}. "
+            "Give x the columns of the weight, and n its rows."
+        )
 
 
 def kind_of(fmt: Format) -> str | None:
